@@ -1,0 +1,71 @@
+"""Folding norm gains into the layers that read them: explicit, function-exact and reversible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teleport_fast.discovery.find import find_symmetries
+from teleport_fast.discovery.residual import is_norm
+from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
+from teleport_fast.symmetry.joint import Joint
+from teleport_fast.symmetry.symmetries import named_tensors
+
+
+@dataclass
+class FoldedGains:
+    """What `fold_norm_gains_` did: the folded norms' joints and their gains; `unfold_()` undoes it."""
+
+    model: nn.Module
+    gains: dict[str, Tensor]
+    joints: tuple[Joint, ...]
+
+    @torch.no_grad()
+    def unfold_(self) -> None:
+        """Give every norm its gain back and let it train again; the function does not change."""
+        tensors = named_tensors(self.model)
+        for joint in self.joints:
+            name = joint.plus[0].parameter
+            _move(joint, self.gains[name], tensors)
+            tensors[name].copy_(self.gains[name])
+            tensors[name].requires_grad_(True)
+
+
+@torch.no_grad()
+def fold_norm_gains_(model: nn.Module, example_inputs: Any = None) -> FoldedGains:
+    """Set every norm's gain γ to one and multiply the linear layers that read it by γ; the gains are then frozen.
+
+    W → W diag γ for the readers, β → β/γ for a LayerNorm's bias: the norm's own diagonal symmetry with s = 1/γ, so the
+    function is unchanged. Afterwards the residual stream of the model has its orthogonal joint. Call it before the
+    optimizer is built. Returns a FoldedGains whose `unfold_()` restores the gains.
+    Errors: ValueError when a gain has a zero, or when a norm's gain feeds something else than linear layers (a tied
+    head); nothing is changed then. Source: own derivation, checked by tests/discovery/test_fold.py.
+    """
+    tensors = named_tensors(model)
+    joints = tuple(j for j in find_symmetries(model, example_inputs) if j.kind == "norm-readers")
+    foldable = {joint.plus[0].parameter: joint for joint in joints}
+    for module_name, module in model.named_modules():
+        gain = getattr(module, "weight", None)
+        if not is_norm(module) or not isinstance(gain, nn.Parameter) or not gain.requires_grad:
+            continue
+        name = f"{module_name}.weight"
+        if name not in foldable:
+            raise ValueError(
+                f"gain {name!r} cannot be folded: no set of linear layers alone reads it (a tied head does not count); "
+                f"untie the head, or build the model without this gain"
+            )
+        if bool((gain == 0).any()):
+            raise ValueError(f"gain {name!r} has a zero entry, folding could not be undone; set it to a small number")
+    gains = {name: tensors[name].detach().clone() for name in foldable}
+    for name, joint in foldable.items():
+        _move(joint, gains[name].reciprocal(), tensors)
+        tensors[name].fill_(1.0)
+        tensors[name].requires_grad_(False)
+    return FoldedGains(model, gains, joints)
+
+
+def _move(joint: Joint, scale: Tensor, tensors: dict[str, Tensor]) -> None:
+    Bucket((joint,)).move_(Element(joint.group.form, scale[None]), [(PARAMETER, tensors)])

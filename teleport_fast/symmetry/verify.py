@@ -1,0 +1,144 @@
+"""Numeric proof of joints: outputs before and after a random move in float64, a wrong move as control."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
+from teleport_fast.symmetry.joint import Joint
+
+
+@dataclass(frozen=True)
+class JointProof:
+    """Relative deviation of the outputs after a right move, and after a wrong one (the negative control)."""
+
+    name: str
+    deviation: float
+    control: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `Symmetries.verify` measured; iterates over the joints' proofs."""
+
+    joints: tuple[JointProof, ...]
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return all(proof.ok for proof in self.joints)
+
+    @property
+    def max_deviation(self) -> float:
+        return max((proof.deviation for proof in self.joints), default=0.0)
+
+    def __iter__(self) -> Iterator[JointProof]:
+        return iter(self.joints)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+CONTROL_FLOOR = 1e-3
+
+
+class Prover:
+    """A perturbed float64 deep copy of a model on which joints are moved and put back, bit for bit."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
+        self.tensors: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.call = _caller(self.model, inputs)
+        self._perturb()
+        self.before = self.call()
+
+    def _perturb(self) -> None:
+        """Leave the initialisation: at it, zero tensors and equal entries hide what a move does wrong."""
+        generator = torch.Generator().manual_seed(20240229)
+        with torch.no_grad():
+            for tensor in self.tensors.values():
+                if tensor.requires_grad and tensor.numel():
+                    noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                    tensor.add_(noise.to(tensor.device) * (0.05 + 0.1 * tensor.square().mean().sqrt()))
+
+    def prove(self, joint: Joint, tolerance: float, seed: int = 0) -> JointProof:
+        """Move by a random element far from the identity, then by the same element on the first view alone."""
+        generator = torch.Generator().manual_seed(seed)
+        radius = 0.4 * joint.width**0.5 if joint.group.form == "dense" else 0.5
+        g = joint.group.random(joint.heads, radius, generator, torch.float64)
+        element = Element.of(joint.group, g)
+        deviation = self._deviation(joint, element)
+        lone = (joint.plus or joint.minus)[0]
+        half = Joint(joint.name, joint.kind, joint.group, joint.heads, joint.width, (lone,), ())
+        control = self._deviation(half, element)
+        return JointProof(joint.name, deviation, control, deviation <= tolerance and control > CONTROL_FLOOR)
+
+    @torch.no_grad()
+    def _deviation(self, joint: Joint, element: Element) -> float:
+        saved = {name: self.tensors[name].clone() for name in joint.parameters()}
+        try:
+            Bucket((joint,)).move_(element, [(PARAMETER, self.tensors)])
+            return relative_deviation(self.call(), self.before)
+        finally:
+            for name, value in saved.items():
+                self.tensors[name].copy_(value)
+
+
+def verify(joints: Iterable[Joint], model: nn.Module, inputs: Any = None, tolerance: float = 1e-10) -> VerifyReport:
+    """Prove each joint on a float64 deep copy of the model, its trainable parameters perturbed.
+
+    inputs: a tensor, a tuple of positional arguments or a dict of keywords; None guesses them from the first module.
+    Joints whose tensors do not fit the model raise ValueError.
+    """
+    if inputs is None:
+        from teleport_fast.discovery.inputs import guess_inputs
+
+        inputs = guess_inputs(model)
+    prover = Prover(model, inputs)
+    proofs = []
+    for joint in joints:
+        joint.check_shapes(prover.tensors)
+        proofs.append(prover.prove(joint, tolerance))
+    return VerifyReport(tuple(proofs), tolerance)
+
+
+def relative_deviation(after: list[Tensor], before: list[Tensor]) -> float:
+    """‖after − before‖ / ‖before‖ over all floating outputs; infinite when something is not finite or changed shape."""
+    if [a.shape for a in after] != [b.shape for b in before]:
+        return float("inf")
+    change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
+    size = sum(float(b.square().sum()) for b in before)
+    ratio = (change / size) ** 0.5 if size > 0 else float("inf")
+    return ratio if ratio == ratio else float("inf")
+
+
+def _caller(model: nn.Module, inputs: Any) -> Callable[[], list[Tensor]]:
+    def cast(value: Any) -> Any:
+        return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    if isinstance(inputs, Mapping):
+        keywords: dict[str, Any] = {key: cast(value) for key, value in inputs.items()}
+        positional: tuple[Any, ...] = ()
+    else:
+        keywords = {}
+        positional = tuple(cast(v) for v in inputs) if isinstance(inputs, (tuple, list)) else (cast(inputs),)
+
+    @torch.no_grad()
+    def call() -> list[Tensor]:
+        output = model(*positional, **keywords)
+        if hasattr(output, "to_tuple"):
+            output = output.to_tuple()
+        leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+        if not leaves:
+            raise ValueError("the model returns no floating tensor for example_inputs; pass inputs that give logits")
+        return [x.clone() for x in leaves]
+
+    return call

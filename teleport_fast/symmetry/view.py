@@ -1,0 +1,104 @@
+"""A view names the entries of one parameter that a joint acts on; a description that never holds a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """How one parameter shows a joint of `heads` heads and `width` units.
+
+    Entry (head, unit, repeat) of the joint sits on the parameter's `axis` at
+    `start + head·head_stride + unit·width_stride + repeat·repeat_stride`; all other axes are columns.
+    `repeats` is head sharing (grouped queries), `power` k makes a diagonal s act as sᵏ (ReLU²: the consumer has k = 2),
+    `shift` c makes the action fall on parameter + c (norm gains stored as 1 + w), `counts` says whether the tensor's
+    gradient enters the joint's gradient covariance (embedding tables, heads and vectors do not).
+    """
+
+    parameter: str
+    axis: int
+    heads: int
+    width: int
+    start: int = 0
+    head_stride: int = -1
+    width_stride: int = 1
+    repeats: int = 1
+    repeat_stride: int = -1
+    power: float = 1.0
+    shift: float = 0.0
+    counts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width < 1 or self.repeats < 1:
+            raise ValueError(
+                f"view of {self.parameter!r}: heads, width and repeats must be positive, "
+                f"got {self.heads}, {self.width}, {self.repeats}"
+            )
+        if self.start < 0 or self.width_stride < 1:
+            raise ValueError(
+                f"view of {self.parameter!r}: start must be at least 0 and width_stride at least 1, "
+                f"got {self.start}, {self.width_stride}"
+            )
+        if self.repeat_stride < 0:
+            object.__setattr__(self, "repeat_stride", self.width)
+        if self.head_stride < 0:
+            object.__setattr__(self, "head_stride", self.width * self.repeats)
+
+    @property
+    def extent(self) -> int:
+        """One past the last index that the view uses on its axis."""
+        return (
+            self.start
+            + (self.heads - 1) * self.head_stride
+            + (self.width - 1) * self.width_stride
+            + (self.repeats - 1) * self.repeat_stride
+            + 1
+        )
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The strided alias (heads, width, outer, inner) of a tensor that has the parameter's shape.
+
+        Works for a parameter, its gradient and its optimizer state alike; never copies.
+        Errors: ValueError if the axis is missing or too short, or if the columns need more than two strides.
+        """
+        sizes, strides, offset = _layout(self, tuple(tensor.shape), tensor.stride())
+        return torch.as_strided(tensor, sizes, strides, tensor.storage_offset() + offset)
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    view: View, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    if not -len(shape) <= view.axis < len(shape):
+        raise ValueError(f"view of {view.parameter!r}: axis {view.axis} does not exist in a tensor of shape {shape}")
+    axis = view.axis % len(shape)
+    if view.extent > shape[axis]:
+        raise ValueError(
+            f"view of {view.parameter!r}: axis {axis} of shape {shape} has {shape[axis]} entries, but "
+            f"{view.heads} heads of width {view.width} need {view.extent}; the joint's tensors disagree in size"
+        )
+    unit = stride[axis]
+    columns = [(view.repeats, view.repeat_stride * unit)]
+    columns += [(shape[a], stride[a]) for a in range(len(shape)) if a != axis]
+    merged: list[tuple[int, int]] = []
+    for size, step in columns:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * step:
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    if len(merged) > 2:
+        raise ValueError(
+            f"view of {view.parameter!r}: a tensor of shape {shape} and strides {stride} needs {len(merged)} column "
+            f"strides, at most 2 are supported; make it contiguous"
+        )
+    merged = [(1, 1)] * (2 - len(merged)) + merged
+    sizes = (view.heads, view.width, merged[0][0], merged[1][0])
+    strides = (view.head_stride * unit, view.width_stride * unit, merged[0][1], merged[1][1])
+    return sizes, strides, view.start * unit

@@ -1,0 +1,169 @@
+"""The probe: a joint is proven only if a right move is invisible and a wrong one is not, off the initialisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from teleport_fast import Symmetries, find_symmetries
+from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.symmetry.verify import JointProof, Prover, VerifyReport, relative_deviation, verify
+
+if TYPE_CHECKING:
+    from tests.symmetry.conftest import Trial
+
+VALUE_OUTPUT = "blocks.0.attention.value-output"
+
+
+def test_every_found_joint_is_proven_with_its_control(trial: Trial) -> None:
+    report = verify(trial.symmetries, trial.model, trial.ids, tolerance=1e-12)
+    assert report.ok
+    assert [proof.name for proof in report] == [joint.name for joint in trial.symmetries]
+    assert all(proof.deviation <= 1e-12 and proof.control > 1e-3 for proof in report)
+    assert report.max_deviation == max(proof.deviation for proof in report)
+
+
+def test_a_report_is_as_good_as_its_worst_joint() -> None:
+    good, bad = JointProof("a", 1e-15, 0.5, True), JointProof("b", 0.2, 0.5, False)
+    assert VerifyReport((good,), 1e-10)
+    assert not VerifyReport((good, bad), 1e-10)
+    assert VerifyReport((good, bad), 1e-10).max_deviation == 0.2
+    assert VerifyReport((), 1e-10).ok
+    assert VerifyReport((), 1e-10).max_deviation == 0.0
+
+
+def test_a_joint_that_is_right_only_at_initialisation_is_caught() -> None:
+    """Biases start at zero, so a value bias left behind is invisible until the weights are perturbed."""
+    model = GPT(GPTConfig(vocab=13, context=8, d_model=16, layers=1, heads=4, hidden=12, bias=True)).double()
+    model.head.weight.data.normal_()
+    joint = find_symmetries(model)[VALUE_OUTPUT]
+    forgetful = replace(joint, plus=joint.plus[:1])
+    ids = torch.randint(13, (2, 8))
+    before = model(ids).detach()
+    hand_made = Symmetries((forgetful,))
+    hand_made.apply_(model, hand_made.random())
+    assert relative_deviation([model(ids).detach()], [before]) < 1e-12
+    assert not hand_made.verify(model, ids).ok
+
+
+def test_a_joint_that_the_outputs_do_not_see_is_not_proven(trial_of: Callable[..., Trial]) -> None:
+    trial = trial_of("relu2")
+    trial.model.blocks[0].attention.forward = lambda x: torch.zeros_like(x)
+    (proof,) = verify([trial.symmetries[VALUE_OUTPUT]], trial.model, trial.ids)
+    assert (proof.deviation, proof.control, proof.ok) == (0.0, 0.0, False)
+
+
+def test_the_model_is_left_untouched(trial: Trial) -> None:
+    model = trial.model.train()
+    model(trial.ids).square().mean().backward()
+    before = {name: (t.clone(), t.grad if t.grad is None else t.grad.clone()) for name, t in trial.tensors.items()}
+    state = torch.get_rng_state()
+    trial.symmetries.verify(model, trial.ids)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, (weight, gradient) in before.items():
+        tensor = trial.tensors[name]
+        assert torch.equal(tensor, weight)
+        assert (tensor.grad is None and gradient is None) or torch.equal(tensor.grad, gradient)
+
+
+def test_the_prover_puts_every_move_back(trial: Trial) -> None:
+    prover = Prover(trial.model, trial.ids)
+    before = {name: tensor.detach().clone() for name, tensor in prover.tensors.items()}
+    proofs = [[prover.prove(joint, 1e-10) for joint in trial.symmetries] for _ in range(2)]
+    assert proofs[0] == proofs[1]
+    assert all(torch.equal(prover.tensors[name], tensor) for name, tensor in before.items())
+
+
+def test_frozen_parameters_are_not_perturbed(trial_of: Callable[..., Trial]) -> None:
+    """Folded gains are exactly one; noise on them would hide the residual joint."""
+    prover = Prover(trial_of("folded").model, torch.zeros(1, 4, dtype=torch.long))
+    assert torch.equal(prover.tensors["norm.weight"], torch.ones(16, dtype=torch.float64))
+    assert not torch.equal(prover.tensors["head.weight"], torch.zeros(13, 16, dtype=torch.float64))
+
+
+class Wrapped(nn.Module):
+    """A ReLU pair with a choice of calling conventions and outputs."""
+
+    def __init__(self, answer: Callable[[Tensor], Any] = lambda y: y) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+        self.answer = answer
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Any:
+        return self.answer(self.layers(x) * scale)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.randn(4, 3), (torch.randn(4, 3),), [torch.randn(4, 3), 2.0], {"x": torch.randn(4, 3), "scale": 0.5}, None],
+    ids=["tensor", "tuple", "list", "keywords", "guessed"],
+)
+def test_inputs_come_in_every_form(inputs: Any) -> None:
+    model = Wrapped()
+    symmetries = find_symmetries(model, inputs)
+    assert [joint.kind for joint in symmetries] == ["up-down", "neurons"]
+    assert symmetries.verify(model, inputs).ok
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda y: {"logits": y, "argmax": y.argmax(-1)},
+        lambda y: (None, [y.sum(), y]),
+        lambda y: SimpleNamespace(to_tuple=lambda: (y, None)),
+    ],
+    ids=["dict", "nested tuple", "output object"],
+)
+def test_every_floating_output_is_compared(answer: Callable[[Tensor], Any]) -> None:
+    assert len(find_symmetries(Wrapped(answer))) == 2
+
+
+def test_outputs_without_a_float_are_refused() -> None:
+    with pytest.raises(ValueError, match="returns no floating tensor for example_inputs; pass inputs that give logits"):
+        find_symmetries(Wrapped(lambda y: y.argmax(-1)))
+
+
+def test_a_complex_rotary_table_keeps_its_imaginary_part() -> None:
+    class Turned(nn.Module):
+        turn: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+            self.register_buffer("turn", torch.polar(torch.ones(2), torch.tensor([0.3, 1.2])))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.view_as_complex(self.up(x).unflatten(-1, (2, 2)))
+            return torch.view_as_real(y * self.turn).flatten(-2)
+
+    model, x = Turned(), torch.randn(5, 4)
+    (after,) = Prover(model, x).call()
+    prover = Prover(model, x)
+    y = prover.model.up(x.double()).unflatten(-1, (2, 2))
+    cos, sin = torch.tensor([0.3, 1.2]).cos(), torch.tensor([0.3, 1.2]).sin()
+    wanted = torch.stack((y[..., 0] * cos - y[..., 1] * sin, y[..., 0] * sin + y[..., 1] * cos), -1).flatten(-2)
+    torch.testing.assert_close(after, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_relative_deviation_is_infinite_when_there_is_nothing_to_compare() -> None:
+    one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    assert relative_deviation([one * 1.5], [one]) == pytest.approx(0.5)
+    assert relative_deviation([one, 2 * one], [one, one]) == pytest.approx(0.5**0.5)
+    assert relative_deviation([one], [one[:1]]) == float("inf")
+    assert relative_deviation([one, one], [one]) == float("inf")
+    assert relative_deviation([nan], [one]) == float("inf")
+    assert relative_deviation([one], [nan]) == float("inf")
+    assert relative_deviation([0 * one], [0 * one]) == float("inf")
+
+
+def test_a_joint_of_another_model_is_refused(trial_of: Callable[..., Trial]) -> None:
+    trial = trial_of("relu2")
+    with pytest.raises(ValueError, match=r"names the parameter .* which the model does not have"):
+        verify(trial.symmetries, Wrapped(), torch.randn(4, 3))
