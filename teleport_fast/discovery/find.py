@@ -131,7 +131,8 @@ def _decide(candidate: Candidate, tensors: dict[str, Tensor], prover: Prover | N
             seen = f"a wrong move passes too (deviation {proof.control:.0e})"
             return rejected(f"{seen}: the outputs do not see this joint")
         smallest = min(smallest, proof.deviation)
-    return rejected(candidate.otherwise, smallest)
+    dropout = "; the model has dropout, and a dense move mixes what a mask cuts" if prover.drops_units else ""
+    return rejected(candidate.otherwise + dropout, smallest)
 
 
 def _skipped(model: nn.Module, proposals: list[Candidate], findings: list[Finding]) -> list[Finding]:

@@ -59,6 +59,22 @@ class Prover:
         self.call = _caller(self.model, inputs)
         self._perturb()
         self.before = self.call()
+        first, second = self._call_training(1), self._call_training(2)
+        self.drops_units = relative_deviation(second, first) > 0
+        self.before_training = first
+
+    def _call_training(self, seed: int) -> list[Tensor]:
+        """Outputs in training mode with dropout masks of one seed; running statistics stay as they were."""
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        self.model.train()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return self.call()
+        finally:
+            self.model.eval()
+            for name, value in self.model.named_buffers():
+                value.copy_(buffers[name])
 
     def _perturb(self) -> None:
         """Leave the initialisation: at it, zero tensors and equal entries hide what a move does wrong."""
@@ -70,7 +86,11 @@ class Prover:
                     tensor.add_(noise.to(tensor.device) * (0.05 + 0.1 * tensor.square().mean().sqrt()))
 
     def prove(self, joint: Joint, tolerance: float, seed: int = 0) -> JointProof:
-        """Move by a random element far from the identity, then by the same element on the first view alone."""
+        """Move by a random element far from the identity, then by the same element on the first view alone.
+
+        A model with dropout is also held to its outputs in training mode, same masks: a dense g mixes what a mask cuts.
+        A permutation moves the mask with the units, which is the same in distribution, so it is proven in eval mode.
+        """
         generator = torch.Generator().manual_seed(seed)
         radius = 0.4 * joint.width**0.5 if joint.group.form == "dense" else 0.5
         g = joint.group.random(joint.heads, radius, generator, torch.float64)
@@ -86,7 +106,10 @@ class Prover:
         saved = {name: self.tensors[name].clone() for name in joint.parameters()}
         try:
             Bucket((joint,)).move_(element, [(PARAMETER, self.tensors)])
-            return relative_deviation(self.call(), self.before)
+            deviation = relative_deviation(self.call(), self.before)
+            if self.drops_units and joint.group.form != "permutation":
+                deviation = max(deviation, relative_deviation(self._call_training(1), self.before_training))
+            return deviation
         finally:
             for name, value in saved.items():
                 self.tensors[name].copy_(value)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from teleport_fast import Symmetries, find_symmetries
@@ -174,3 +175,24 @@ def test_the_model_is_left_untouched_bit_for_bit(training: bool) -> None:
         assert (p.requires_grad, id(p)) == (trains, identity)
         assert p.grad is gradient
         assert gradient is None or torch.equal(gradient, gradients[name])
+
+
+def test_dropout_between_writer_and_reader_leaves_diagonals_and_permutations_only() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 4))
+    without = nn.Sequential(layers[0], nn.Identity(), layers[2])
+    assert [str(joint.group) for joint in find_symmetries(layers)] == ["diagonal(8)", "permutation(8)"]
+    assert [str(joint.group) for joint in find_symmetries(without)] == ["GL(8)", "permutation(8)"]
+
+
+def test_dropout_on_the_residual_stream_rejects_its_rotations_and_says_why() -> None:
+    class Dropped(GPT):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.token(ids)
+            for block in self.blocks:
+                x = F.dropout(block(x), 0.2, self.training)
+            return self.head(self.norm(x))
+
+    symmetries = find_symmetries(Dropped(GPTConfig(d_model=16, layers=1, heads=2, positions="rotary")))
+    assert "residual" not in symmetries
+    assert "dropout" in symmetries.explain()
