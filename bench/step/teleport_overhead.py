@@ -1,0 +1,97 @@
+"""What a teleport of all joints costs, as a share of one forward plus backward, interleaved in one run.
+
+    python bench/step/teleport_overhead.py [--batch 16] [--rounds 15] [--json]
+
+Every round times one forward + backward of the demo model, one plain AdamW step, and for each objective one step whose
+schedule does not fire (the covariance update, for rotations) and one whose schedule fires; figures are medians of the
+per-round ratios with their quartiles, so that a drifting clock cancels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+import teleport_fast as tf
+from teleport_fast.experiments.gpt import GPT, GPTConfig
+
+OBJECTIVES = ("eigenbasis", "random", "grad_norm", "grad_l1", "balance")
+WARM_UP = 3
+
+
+class Switch:
+    """A schedule condition that the benchmark turns on and off."""
+
+    on = False
+
+    def __call__(self, info: tf.StepInfo) -> bool:
+        return self.on
+
+
+def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Ratios to forward + backward: {row: {median, low, high}}; `forward_backward_ms` is a row of its own."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig())
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    symmetries = tf.find_symmetries(model)
+    ids = torch.randint(256, (batch, model.config.context + 1))
+    plain = torch.optim.AdamW(model.parameters(), lr=0.0)
+    arms = {}
+    for objective in OBJECTIVES:
+        switch, optimizer = Switch(), torch.optim.AdamW(model.parameters(), lr=0.0)
+        tf.attach(optimizer, symmetries, objective=objective, schedule=tf.When(switch))
+        arms[objective] = (optimizer, switch)
+
+    def backward() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+    times: dict[str, list[float]] = {"forward_backward": [], "plain step": []}
+    for _ in range(rounds + WARM_UP):
+        times["forward_backward"].append(_seconds(backward))
+        times["plain step"].append(_seconds(plain.step))
+        for objective, (optimizer, switch) in arms.items():
+            for switch.on, row in ((False, f"{objective}, not firing"), (True, f"{objective}, teleport")):
+                times.setdefault(row, []).append(_seconds(optimizer.step) - times["plain step"][-1])
+    base = times["forward_backward"][WARM_UP:]
+    rows = {row: _spread([x / b for x, b in zip(xs[WARM_UP:], base)]) for row, xs in times.items()}
+    rows["forward_backward_ms"] = _spread([1e3 * b for b in base])
+    return rows
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 128 tokens a step")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows = measure(options.batch, options.rounds)
+    if options.json:
+        print(json.dumps({"batch": options.batch, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
+        return
+    fb = rows.pop("forward_backward_ms")
+    print(f"forward + backward, {options.batch} x 128 tokens: {fb['median']:.1f} ms ({fb['low']:.1f} to {fb['high']:.1f})")
+    for row, r in rows.items():
+        if row != "forward_backward":
+            print(f"{row:28s} {100 * r['median']:6.1f}% ({100 * r['low']:.1f} to {100 * r['high']:.1f})")
+
+
+if __name__ == "__main__":
+    main()

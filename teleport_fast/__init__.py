@@ -1,0 +1,35 @@
+"""Teleportation along parameter symmetries for PyTorch: find them, move along them, train faster."""
+
+from teleport_fast import objectives, ops
+from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
+from teleport_fast.ops.backend import backends, set_backend
+from teleport_fast.optimizer import Teleport, attach
+from teleport_fast.schedule import At, Every, Once, Schedule, StepInfo, When
+from teleport_fast.symmetry import Joint, Symmetries, VerifyReport, View
+from teleport_fast.teleporter import Teleporter, TeleportRecord
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "At",
+    "Every",
+    "FoldedGains",
+    "Joint",
+    "Once",
+    "Schedule",
+    "StepInfo",
+    "Symmetries",
+    "Teleport",
+    "TeleportRecord",
+    "Teleporter",
+    "VerifyReport",
+    "View",
+    "When",
+    "attach",
+    "backends",
+    "find_symmetries",
+    "fold_norm_gains_",
+    "objectives",
+    "ops",
+    "set_backend",
+]

@@ -1,0 +1,131 @@
+"""The arms of a comparison: a base optimizer alone, or the same one with a teleport attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import teleport_fast as tf
+
+
+@dataclass(frozen=True)
+class Base:
+    """A torch optimizer and its options; `table_rate=None` gives embeddings and head the blocks' rate."""
+
+    make: Callable[..., Optimizer]
+    options: dict[str, Any]
+    rate: float
+    table_rate: float | None
+
+
+BASES = {
+    "adamw": Base(torch.optim.AdamW, {"betas": (0.9, 0.95), "weight_decay": 0.0}, 0.003, 0.01),
+    "adam": Base(torch.optim.Adam, {"betas": (0.9, 0.95)}, 0.003, 0.01),
+    "sgd": Base(torch.optim.SGD, {"momentum": 0.9}, 0.3, None),
+    "adagrad": Base(torch.optim.Adagrad, {}, 0.01, 0.03),
+    "rmsprop": Base(torch.optim.RMSprop, {"alpha": 0.95}, 0.001, 0.003),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one curve of the comparison runs: a base optimizer and, unless `objective` is None, a teleport.
+
+    Every `every` steps there is a teleport. `beta2` replaces the second moment's decay of an Adam base: in a turning
+    basis a longer memory is the better one (0.98 against 0.95, each arm at its own best).
+    """
+
+    name: str
+    base: str
+    objective: str | None = None
+    every: int = 0
+    beta2: float | None = None
+    radius: float | None = None
+    direction: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How tables, pictures and recorded sweeps call this arm."""
+        return self.base if self.objective is None else f"{self.base} + {self.name}"
+
+
+_TELEPORTS = {
+    "rotations": Arm("rotations", "adamw", "eigenbasis", every=3, beta2=0.98),
+    "random": Arm("random", "adamw", "random", every=10),
+    "grad_norm": Arm("grad_norm", "adamw", "grad_norm", every=50),
+    "grad_l1": Arm("grad_l1", "adamw", "grad_l1", every=50),
+    "balance": Arm("balance", "adamw", "balance", every=50),
+}
+OBJECTIVES = (*_TELEPORTS,)
+ARMS = (*BASES, *OBJECTIVES)
+
+
+def arm_named(name: str, base: str = "adamw", **changes: Any) -> Arm:
+    """The arm called `name`: a base optimizer's name runs it alone, any other of `ARMS` attaches a teleport to `base`.
+
+    `changes` replace fields (`every`, `radius`, `direction`); None leaves a field as it is. "eigenbasis" is another
+    name for "rotations". Raises ValueError for an unknown name or base, and for a field that is out of range.
+
+    >>> arm_named("rotations").every, arm_named("sgd").label, arm_named("random", base="sgd").label
+    (3, 'sgd', 'sgd + random')
+    """
+    name = {"eigenbasis": "rotations"}.get(name, name)
+    if base not in BASES:
+        raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}; pass one of these names")
+    if name in BASES:
+        return Arm(name, name)
+    if name not in _TELEPORTS:
+        raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {name!r}; pass one of these names")
+    given = {field: value for field, value in changes.items() if value is not None}
+    every, radius = given.get("every", 1), given.get("radius", 1.0)
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}; pass the number of steps between teleports")
+    if radius <= 0:
+        raise ValueError(f"radius must be positive, got {radius}; pass the largest distance of one move, such as 0.5")
+    return replace(_TELEPORTS[name], base=base, **given)
+
+
+def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | None = None) -> Optimizer:
+    """The arm's torch optimizer over the blocks at `rate`, and over embeddings and head at `table_rate`.
+
+    Frozen parameters are left out. Raises ValueError for a rate that is not positive.
+
+    >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
+    >>> model = GPT(GPTConfig(d_model=32, layers=1))
+    >>> [group["lr"] for group in make_optimizer(arm_named("adamw"), model, rate=0.002).param_groups]
+    [0.002, 0.01]
+    """
+    base = BASES[arm.base]
+    table_rate = table_rate or base.table_rate or rate
+    if rate <= 0 or table_rate <= 0:
+        raise ValueError(
+            f"rate must be positive, got {min(rate, table_rate)}; pass a learning rate such as {base.rate}"
+        )
+    options = dict(base.options)
+    if arm.beta2 is not None and "betas" in options:
+        options["betas"] = (options["betas"][0], arm.beta2)
+    tables = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) or (name == "head" and isinstance(module, nn.Linear))
+    ]
+    held = {id(weight) for weight in tables}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    blocks = [p for p in trained if id(p) not in held]
+    unique = [p for p in trained if id(p) in held]
+    return base.make([{"params": blocks, "lr": rate}, {"params": unique, "lr": table_rate}], lr=rate, **options)
+
+
+def attach(arm: Arm, optimizer: Optimizer, model: nn.Module, example: torch.Tensor, seed: int) -> Any:
+    """Attaches the arm's teleport to `optimizer`; the Teleporter, or None where the arm has no teleport."""
+    if arm.objective is None:
+        return None
+    symmetries = tf.find_symmetries(model, (example,))
+    options: dict[str, Any] = {"radius": arm.radius, "direction": arm.direction, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    return tf.attach(optimizer, symmetries, objective=arm.objective, schedule=tf.Every(arm.every), **given)

@@ -1,0 +1,52 @@
+"""Weight balance as an objective: ‖gA₊‖² + ‖g⁻ᵀA₋‖², lowest where producers and consumers share the scale evenly."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from teleport_fast.objectives.base import Move, Objective
+from teleport_fast.objectives.dual_norm import diagonal_powers, grams, mixed_powers, row_sums
+from teleport_fast.search import diagonal_extremum, geodesic_descent, trust_region_ascent
+from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.joint import Joint
+
+
+class Balance(Objective):
+    """The squared norm of the weights along the orbit; needs no gradient to decide, descends to the minimum by default.
+
+    The gradient-norm formulas with the two sides exchanged: W₋ = A₋A₋ᵀ in the place of S₊, W₊ in that of S₋
+    (math.md section 3). The minimum is the geometric mean, exact in one move per joint.
+    """
+
+    name = "balance"
+    directions = ("descend", "ascend")
+    closed_form = ("descend",)
+
+    def default_radius(self, direction: str) -> float:
+        return math.inf if direction == "descend" else 0.5
+
+    def unusable(self, joint: Joint) -> str | None:
+        if not joint.group.holds_stretches:
+            return f"{joint.group} leaves the norm of the weights as it is"
+        if any(view.shift for view in joint.views()):
+            return "a gain stored with a shift: the action does not scale the stored numbers"
+        return mixed_powers(joint)
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        plus, minus, joints = bucket.plus(move.parameters), bucket.minus(move.parameters), len(bucket.joints)
+        if bucket.group.form == "diagonal":
+            k_plus, k_minus = diagonal_powers(bucket)
+            b, a = (sums[0] for sums in row_sums(plus, minus, joints))
+            t = diagonal_extremum(a, 2 * k_minus, b, 2 * k_plus, move.radius, move.descend)
+            return Element("diagonal", t.exp()), t.abs().amax()
+        weight_plus, weight_minus = grams(plus, minus, joints)
+        if move.descend:
+            return geodesic_descent(bucket.group, weight_minus, weight_plus, move.radius)
+        return trust_region_ascent(bucket.group, weight_minus, weight_plus, move.radius)
+
+    def value(self, move: Move) -> Tensor:
+        norms = torch._foreach_norm(list(move.parameters.values()))
+        return torch.stack([norm.double() for norm in norms]).square().sum()

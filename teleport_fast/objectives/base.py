@@ -1,0 +1,72 @@
+"""What every objective offers the engine: which joints it can use, what it observes, and the element it wants."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.joint import Joint
+from teleport_fast.symmetry.symmetries import Symmetries
+
+
+@dataclass(frozen=True)
+class Move:
+    """The situation before a move: tensors by parameter name, how far, which way, and the source of random numbers."""
+
+    parameters: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    radius: float
+    descend: bool
+    generator: torch.Generator
+
+
+class Objective(ABC):
+    """Chooses a group element for each bucket of joints.
+
+    `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
+    may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
+    instead of lasting one step.
+    """
+
+    name = "objective"
+    directions: tuple[str, ...] = ("ascend", "descend")
+    holds = False
+    closed_form: tuple[str, ...] = ()
+
+    def default_radius(self, direction: str) -> float:
+        """Searches without an optimum are bounded by 0.5: a condition number of g of at most e."""
+        return 0.5
+
+    def check(self, symmetries: Symmetries) -> None:
+        """Raise ValueError for what does not fit these symmetries, before anything is planned."""
+        return None
+
+    @abstractmethod
+    def unusable(self, joint: Joint) -> str | None:
+        """Why this joint cannot serve, or None."""
+
+    def observe(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        """Called at every optimizer step with the gradients of bucket number `index`."""
+        return None
+
+    @abstractmethod
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        """The element for bucket `index` and the largest factor length it uses (0-d); None: this bucket stays."""
+
+    @abstractmethod
+    def value(self, move: Move) -> Tensor:
+        """What is being raised or lowered, a 0-d tensor, for the record."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(
+                f"objective {self.name!r} has no state, got {sorted(state)}; load it into the objective that saved it"
+            )

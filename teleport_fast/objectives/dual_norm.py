@@ -1,0 +1,150 @@
+"""Gradient norms as objectives: squared Frobenius (the papers' ‖∇L‖²) and l1 (sign-like optimizers)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from teleport_fast.objectives.base import Move, Objective
+from teleport_fast.ops.gram_difference import gram_difference
+from teleport_fast.ops.square_sums import square_sums
+from teleport_fast.search import (
+    diagonal_extremum,
+    exponential,
+    geodesic_descent,
+    lie_step,
+    trust_region_ascent,
+)
+from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.groups import DenseGroup
+from teleport_fast.symmetry.joint import Joint
+
+
+def grams(plus: list[Tensor], minus: list[Tensor], joints: int) -> tuple[Tensor, Tensor]:
+    """S₊ and S₋ of a bucket, (joints·heads, h, h) each: the two halves of `gram_difference`."""
+    if not plus:
+        gram_minus = gram_difference([], minus, joints)[0]
+        return torch.zeros_like(gram_minus), gram_minus
+    gram_plus = -gram_difference(plus, [], joints)[0]
+    return gram_plus, gram_difference([], minus, joints)[0] if minus else torch.zeros_like(gram_plus)
+
+
+def row_sums(
+    plus: list[Tensor], minus: list[Tensor], joints: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`square_sums` of both sides, each (squares, l1) of (joints·heads, h); a side without tensors has zeros."""
+    if not plus:
+        below = square_sums(minus, joints)
+        return (torch.zeros_like(below[0]), torch.zeros_like(below[1])), below
+    above = square_sums(plus, joints)
+    return above, square_sums(minus, joints) if minus else (torch.zeros_like(above[0]), torch.zeros_like(above[1]))
+
+
+def mixed_powers(joint: Joint) -> str | None:
+    """Why the closed form of a diagonal does not hold for this joint, or None."""
+    if joint.group.form == "diagonal" and any(len({v.power for v in s}) > 1 for s in (joint.plus, joint.minus)):
+        return "one side mixes powers; split it into joints of one power"
+    return None
+
+
+def diagonal_powers(bucket: Bucket) -> tuple[float, float]:
+    """The exponents k with which a diagonal s acts on the plus and the minus side (ReLU²: 1 and 2)."""
+    joint = bucket.joints[0]
+    return (joint.plus[0].power if joint.plus else 1.0), (joint.minus[0].power if joint.minus else 1.0)
+
+
+class GradNorm(Objective):
+    """J = ‖∇L‖²: steepest for SGD [ICLR24 section 3]; rotations leave it alone, so only groups that stretch can serve.
+
+    `steps` geodesics per ascent: with one, `gram_difference` in one pass is all that is computed.
+    """
+
+    name = "grad_norm"
+    closed_form = ("descend",)
+
+    def __init__(self, steps: int = 1) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}; 1 is the default")
+        self.steps = steps
+
+    def unusable(self, joint: Joint) -> str | None:
+        if not joint.group.holds_stretches:
+            return f"{joint.group} leaves the gradient norm as it is"
+        return mixed_powers(joint)
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        plus, minus, joints = bucket.plus(move.gradients), bucket.minus(move.gradients), len(bucket.joints)
+        if bucket.group.form == "diagonal":
+            k_plus, k_minus = diagonal_powers(bucket)
+            a, b = (sums[0] for sums in row_sums(plus, minus, joints))
+            t = diagonal_extremum(a, 2 * k_plus, b, 2 * k_minus, move.radius, move.descend)
+            return Element("diagonal", t.exp()), t.abs().amax()
+        if move.descend:
+            return geodesic_descent(bucket.group, *grams(plus, minus, joints), move.radius)
+        if self.steps > 1:
+            return trust_region_ascent(bucket.group, *grams(plus, minus, joints), move.radius, self.steps)
+        lie_gradient, _ = gram_difference(plus, minus, joints)
+        algebra = lie_step(bucket.group, lie_gradient, move.radius)
+        assert isinstance(bucket.group, DenseGroup)
+        return exponential(algebra), bucket.group.factor_norm(algebra)
+
+    def value(self, move: Move) -> Tensor:
+        norms = torch._foreach_norm(list(move.gradients.values()))
+        return torch.stack([norm.double() for norm in norms]).square().sum()
+
+
+class GradL1(Objective):
+    """J = ‖∇L‖₁, the dual norm of sign-like optimizers and, roughly, of Adam; rotations matter to it.
+
+    Diagonals in closed form. Dense groups: the longest of `trials` halvings of the radius that improves, along the
+    Lie-algebra gradient sign(G₋)G₋ᵀ − G₊sign(G₊)ᵀ; a head where none improves stays where it is.
+    """
+
+    name = "grad_l1"
+
+    def __init__(self, trials: int = 4) -> None:
+        if trials < 1:
+            raise ValueError(f"trials must be at least 1, got {trials}; 4 is the default")
+        self.trials = trials
+
+    def unusable(self, joint: Joint) -> str | None:
+        if joint.group.form == "permutation":
+            return "a permutation leaves the l1 norm as it is"
+        if joint.group.form == "dense" and not (joint.plus and joint.minus):
+            return "the line search needs tensors on both sides of the joint"
+        return mixed_powers(joint)
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        plus, minus, joints = bucket.plus(move.gradients), bucket.minus(move.gradients), len(bucket.joints)
+        if bucket.group.form == "diagonal":
+            k_plus, k_minus = diagonal_powers(bucket)
+            alpha, beta = (sums[1] for sums in row_sums(plus, minus, joints))
+            t = diagonal_extremum(alpha, k_plus, beta, k_minus, move.radius, move.descend)
+            return Element("diagonal", t.exp()), t.abs().amax()
+        assert isinstance(bucket.group, DenseGroup)
+        wide_plus, wide_minus = _side_by_side(plus, joints), _side_by_side(minus, joints)
+        lie_gradient = wide_minus.sign() @ wide_minus.mT - wide_plus @ wide_plus.sign().mT
+        direction = lie_step(bucket.group, lie_gradient, move.radius, -1.0 if move.descend else 1.0)
+        start = wide_plus.abs().sum((1, 2)) + wide_minus.abs().sum((1, 2))
+        chosen, settled = torch.zeros_like(direction), torch.zeros_like(start, dtype=torch.bool)
+        for halvings in range(self.trials):
+            algebra = direction * 0.5**halvings
+            trial = exponential(algebra)
+            assert trial.g_inverse_t is not None
+            value = (trial.g_inverse_t @ wide_plus).abs().sum((1, 2)) + (trial.g @ wide_minus).abs().sum((1, 2))
+            improved = ~settled & (value < start if move.descend else value > start)
+            chosen, settled = torch.where(improved[:, None, None], algebra, chosen), settled | improved
+            # one trial settles nearly every bucket, and the others would cost a pass over the gradients each
+            if bool(settled.all()):
+                break
+        return exponential(chosen), bucket.group.factor_norm(chosen)
+
+    def value(self, move: Move) -> Tensor:
+        norms = torch._foreach_norm(list(move.gradients.values()), 1)
+        return torch.stack([norm.double() for norm in norms]).sum()
+
+
+def _side_by_side(views: list[Tensor], joints: int) -> Tensor:
+    """(joints·heads, h, n): each joint's views next to each other."""
+    run = len(views) // joints
+    return torch.cat([torch.cat([v.flatten(2) for v in views[i : i + run]], 2) for i in range(0, len(views), run)])

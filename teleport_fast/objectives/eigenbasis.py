@@ -1,0 +1,112 @@
+"""Rotations to the eigenbasis of the gradient covariance, where an elementwise second moment is the whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from teleport_fast.objectives.base import Move, Objective
+from teleport_fast.ops.covariance import covariance_
+from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.groups import DenseGroup
+from teleport_fast.symmetry.joint import Joint
+
+
+class Eigenbasis(Objective):
+    """Exact rotational teleportation (math.md section 5, own): one warm step of orthogonal iteration at each refresh.
+
+    Every step: C ← β C + (1 − β) Σ G Gᵀ/‖G‖² over a joint's matrices, in the present basis. At a refresh: Q R = qr(C)
+    with diag R > 0, tensors go to the basis Q (g = Qᵀ), C ← Qᵀ C Q. Under a rotary embedding Q is one angle per plane,
+    under LayerNorm it keeps the ones vector. Fixed points are the eigenbases of C. Related: ARO, arXiv 2602.09006.
+    """
+
+    name = "eigenbasis"
+    directions = ("ascend",)
+    holds = True
+
+    def __init__(self, decay: float = 0.95) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}; 0.95 is the default")
+        self.decay = decay
+        self.covariances: dict[int, Tensor] = {}
+
+    def unusable(self, joint: Joint) -> str | None:
+        if not joint.group.holds_rotations:
+            return f"{joint.group} holds no rotations"
+        if not any(view.counts for view in joint.views()):
+            return "no matrix of this joint counts in its gradient covariance"
+        return None
+
+    def observe(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        counted = [
+            [view.of(gradients[view.parameter]) for view in joint.views() if view.counts] for joint in bucket.joints
+        ]
+        first = next((tensor for tensors in counted for tensor in tensors), None)
+        if first is None:
+            return
+        covariance = self.covariances.get(index)
+        if covariance is None:
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            shape = (len(bucket.joints) * bucket.heads, bucket.width, bucket.width)
+            covariance = self.covariances[index] = torch.zeros(shape, dtype=dtype, device=first.device)
+        if len({len(tensors) for tensors in counted}) == 1:
+            covariance_(covariance, list(chain(*counted)), self.decay, len(bucket.joints))
+            return
+        for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
+            covariance_(rows, tensors, self.decay)
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        covariance = self.covariances.get(index)
+        if covariance is None:
+            return None
+        assert isinstance(bucket.group, DenseGroup)
+        q = bucket.group.orthogonal_factor(covariance)
+        covariance.copy_(q.mT @ covariance @ q)
+        return Element("dense", q.mT, q.mT), _rotation_size(q)
+
+    def value(self, move: Move) -> Tensor:
+        """The diagonal's share of ‖C‖²_F over all joints, in [0, 1]; 1 in an eigenbasis."""
+        if not self.covariances:
+            return torch.zeros(())
+        whole = sum(c.square().sum() for c in self.covariances.values())
+        inside = sum(c.diagonal(dim1=-2, dim2=-1).square().sum() for c in self.covariances.values())
+        assert isinstance(whole, Tensor) and isinstance(inside, Tensor)
+        return torch.where(whole > 0, inside / whole, 0.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.covariances = {int(index): covariance.clone() for index, covariance in state.items()}
+
+
+class RandomRotation(Objective):
+    """The control for `Eigenbasis`: turns as often, to random bases; anything that only turning does shows here too."""
+
+    name = "random"
+    directions = ("ascend",)
+    holds = True
+
+    def unusable(self, joint: Joint) -> str | None:
+        return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        like = move.parameters[bucket.joints[0].parameters()[0]]
+        shape = (len(bucket.joints) * bucket.heads, bucket.width, bucket.width)
+        noise = torch.randn(shape, generator=move.generator, dtype=torch.promote_types(like.dtype, torch.float32))
+        assert isinstance(bucket.group, DenseGroup)
+        q = bucket.group.orthogonal_factor(noise.to(like.device))
+        return Element("dense", q.mT, q.mT), _rotation_size(q)
+
+    def value(self, move: Move) -> Tensor:
+        norms = torch._foreach_norm(list(move.gradients.values()), 1)
+        return torch.stack([norm.double() for norm in norms]).sum()
+
+
+def _rotation_size(q: Tensor) -> Tensor:
+    """‖Q − I‖_F of the largest turn: the length of log Q to first order, without a logarithm."""
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    return torch.linalg.matrix_norm(q - eye).amax()

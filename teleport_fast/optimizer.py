@@ -1,0 +1,176 @@
+"""The two front doors: attach() puts teleportation around an optimizer you have, Teleport wraps one as an Optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from teleport_fast.objectives import Objective, make_objective
+from teleport_fast.schedule import Every, Schedule
+from teleport_fast.search import check_radius
+from teleport_fast.state import SECOND_MOMENTS
+from teleport_fast.symmetry.symmetries import Symmetries
+from teleport_fast.teleporter import Teleporter, TeleportRecord
+
+FRAMES = ("stay", "return")
+_attached: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Teleporter]] = weakref.WeakKeyDictionary()
+
+
+def attach(
+    optimizer: Optimizer,
+    symmetries: Symmetries,
+    objective: str | Objective = "grad_norm",
+    schedule: Schedule | None = None,
+    radius: float | None = None,
+    frame: str = "stay",
+    direction: str | None = None,
+    second_moments: str = "keep",
+    on_teleport: Callable[[TeleportRecord], object] | None = None,
+    seed: int = 0,
+) -> Teleporter:
+    """Teleport the optimizer's parameters before the steps at which `schedule` fires; returns the Teleporter.
+
+    optimizer: torch's SGD, Adam, AdamW, Adagrad or RMSprop (any whose state has their names), called with gradients.
+    objective: "eigenbasis" (rotations), "random" (rotations, the control), "grad_norm", "grad_l1", "balance", or an
+    Objective. schedule: when; Every(100) by default. radius: how far each factor of the group may go, 0.5 where the
+    objective has no optimum, infinite for balance downwards. direction: "ascend" or "descend", the objective's own by
+    default. frame: "stay" keeps g·w, "return" comes back with g⁻¹ after the step. second_moments: what happens to them
+    under a dense g, "keep", "reset" (the whole state of the moved parameters starts anew) or "project" (v → (g∘g) v);
+    diagonals and permutations carry them exactly. on_teleport: called with each TeleportRecord. seed: for random moves.
+    A step that would teleport on a non-finite gradient is skipped whole, with a warning that names the parameter.
+    Errors: ValueError for an unknown objective, direction, frame or policy, a radius that is not positive, a joint
+    whose parameter is not in the optimizer or does not fit; TypeError for what is no Optimizer, or is LBFGS.
+    Source: [NeurIPS22] algorithm 1, [ICLR24] section 3, math.md section 5; tests/test_optimizer.py.
+
+    >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
+    >>> import teleport_fast as tf
+    >>> model = GPT(GPTConfig(d_model=16, layers=1, heads=2))
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> teleporter = tf.attach(optimizer, tf.find_symmetries(model), objective="eigenbasis", schedule=tf.Every(3))
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass AdamW(...)")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("LBFGS evaluates its closure several times a step and cannot be teleported; use SGD or AdamW")
+    if not isinstance(symmetries, Symmetries):
+        raise TypeError(
+            f"symmetries must be a Symmetries, got {type(symmetries).__name__}; "
+            f"pass tf.find_symmetries(model), or tf.Symmetries(joints, model=model) for joints made by hand"
+        )
+    if isinstance(optimizer, Teleport):
+        return attach(
+            optimizer.base, symmetries, objective, schedule, radius, frame, direction, second_moments, on_teleport, seed
+        )
+    chosen = make_objective(objective)
+    direction = chosen.directions[0] if direction is None else direction
+    if direction not in chosen.directions:
+        names = ", ".join(chosen.directions)
+        raise ValueError(f"direction must be one of {names} for objective {chosen.name!r}, got {direction!r}")
+    if frame not in FRAMES:
+        raise ValueError(f"frame must be one of {', '.join(FRAMES)}, got {frame!r}")
+    if second_moments not in SECOND_MOMENTS:
+        raise ValueError(f"second_moments must be one of {', '.join(SECOND_MOMENTS)}, got {second_moments!r}")
+    if frame == "return" and second_moments == "project":
+        raise ValueError("second_moments='project' cannot be undone on the way back; use 'keep' with frame='return'")
+    radius = chosen.default_radius(direction) if radius is None else radius
+    if isinstance(radius, bool) or not isinstance(radius, (int, float)):
+        raise TypeError(f"radius must be a number or None, got {radius!r}; 0.5 is the usual choice")
+    check_radius(radius, finite=direction not in chosen.closed_form)
+    schedule = Every(100) if schedule is None else schedule
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule must be a Schedule, got {type(schedule).__name__}; pass tf.Every(100), or tf.When(a_function)"
+        )
+    if on_teleport is not None and not callable(on_teleport):
+        raise TypeError(f"on_teleport must be callable or None, got {on_teleport!r}; pass a function of the record")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}; 0 is the default")
+    live = _attached.setdefault(optimizer, weakref.WeakSet())
+    taken = {teleporter._counter for teleporter in live if teleporter._handles}
+    counter = next(key for i in range(len(taken) + 1) if (key := f"teleport_step{i or ''}") not in taken)
+    teleporter = Teleporter(
+        optimizer, symmetries, chosen, schedule, radius, frame, direction == "descend", second_moments, counter, seed
+    )
+    if on_teleport is not None:
+        teleporter.after_move.append(on_teleport)
+    live.add(teleporter)
+    return teleporter
+
+
+class Teleport(Optimizer):
+    """An optimizer that teleports: `Teleport(torch.optim.AdamW(model.parameters()), symmetries, ...)`.
+
+    Takes the arguments of `attach` after the base optimizer. State, parameter groups, defaults, hooks and state_dict
+    are the base's own, so schedulers and checkpoints see what they would see without it; `.teleporter` is the engine.
+    """
+
+    def __init__(self, base: Optimizer, symmetries: Symmetries, *args: Any, **kwargs: Any) -> None:
+        # Optimizer.__init__ would build groups and state of its own next to the base's: it is left out on purpose
+        self.base = base
+        self.teleporter = attach(base, symmetries, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("base", "teleporter"):
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    @property
+    def state(self) -> Any:
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One teleported step of the base optimizer; the closure, if any, runs once, before the move."""
+        return self.base.step() if closure is None else self.base.step(closure)
+
+    # a scaler must unscale by itself: it would leave the scale on this object, where the base cannot see it
+    _step_supports_amp_scaling = False
+
+    step.hooked = True  # type: ignore[attr-defined]  # hooks belong to the base: they must not run twice
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        return self.base.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        return self.base.register_step_post_hook(hook)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Teleport cannot be copied or pickled; copy its base and attach again, or save state_dict()")
+
+    def __repr__(self) -> str:
+        return f"Teleport({self.base!r}, objective={self.teleporter.objective.name!r})"

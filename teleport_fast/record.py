@@ -1,0 +1,35 @@
+"""What a teleport did, read back from the device only when somebody asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TeleportRecord:
+    """What one teleport did; `radius_used` is the longest factor of log g (rotations: ‖Q − I‖_F)."""
+
+    step: int
+    objective_before: float
+    objective_after: float
+    radius_used: float
+    seconds: float
+    joints: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A record whose numbers still lie on the device; they are read when somebody asks."""
+
+    step: int
+    before: Tensor
+    after: Tensor
+    radius: Tensor
+    seconds: float
+    joints: int
+
+    def read(self) -> TeleportRecord:
+        before, after, radius = float(self.before), float(self.after), float(self.radius)
+        return TeleportRecord(self.step, before, after, radius, self.seconds, self.joints)

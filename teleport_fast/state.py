@@ -1,0 +1,73 @@
+"""How each entry of an optimizer's state moves with its parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from teleport_fast.symmetry.bucket import COVECTOR, SQUARE
+
+# RMSprop's momentum averages G/√v: of a diagonal only the signs are left in it, other elements move it as a gradient.
+NORMALISED = "normalised"
+
+# torch.optim's names. First moments are averages of gradients, second moments of their squares (math.md section 4).
+ROLES = {
+    "exp_avg": COVECTOR,
+    "momentum_buffer": COVECTOR,
+    "grad_avg": COVECTOR,
+    "exp_avg_sq": SQUARE,
+    "max_exp_avg_sq": SQUARE,
+    "square_avg": SQUARE,
+    "sum": SQUARE,
+}
+
+SECOND_MOMENTS = ("keep", "reset", "project")
+
+
+def state_sources(optimizer: Optimizer, parameters: dict[str, Tensor]) -> list[tuple[str, dict[str, Tensor]]]:
+    """The state tensors that move, as (kind, {parameter name: tensor}) per state key.
+
+    Errors: ValueError for a tensor of more than one entry whose key is unknown: moving the parameter without it would
+    corrupt the optimizer.
+    """
+    roles = {**ROLES, "momentum_buffer": NORMALISED} if isinstance(optimizer, torch.optim.RMSprop) else ROLES
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and key in roles and value.shape == parameter.shape:
+                found.setdefault(key, {})[name] = value
+                continue
+            for tensor in _tensors(value):
+                if tensor.numel() > 1 or key in roles:
+                    raise ValueError(
+                        f"optimizer state {key!r} of {name!r}, shape {tuple(tensor.shape)}, has no known "
+                        f"transformation; teleportation supports the state of SGD, Adam, AdamW, Adagrad and RMSprop: "
+                        f"{', '.join(ROLES)}"
+                    )
+    return [(roles[key], tensors) for key, tensors in found.items()]
+
+
+def forget_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Let the state of `parameters` start anew; Adagrad's exists before its first step, so it is put back."""
+    for parameter in parameters:
+        state = optimizer.state.pop(parameter, None)
+        if state and isinstance(optimizer, torch.optim.Adagrad):
+            begin = optimizer.defaults["initial_accumulator_value"]
+            optimizer.state[parameter] = {
+                "step": torch.zeros_like(state["step"]),
+                "sum": torch.full_like(state["sum"], begin),
+            }
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for inner in value:
+            yield from _tensors(inner)

@@ -1,0 +1,73 @@
+"""The arms: names, what each attaches, and which parameters run at which rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from teleport_fast.experiments.arms import ARMS, BASES, arm_named, make_optimizer
+from teleport_fast.experiments.gpt import GPT, GPTConfig
+
+
+def small(**fields: Any) -> GPT:
+    return GPT(GPTConfig(d_model=16, layers=1, heads=2, context=8, **fields))
+
+
+def test_the_default_arms_are_adamw_and_exact_rotations_every_third_step() -> None:
+    plain, turned = arm_named("adamw"), arm_named("rotations")
+    assert (plain.objective, plain.label) == (None, "adamw")
+    assert (turned.objective, turned.every, turned.label) == ("eigenbasis", 3, "adamw + rotations")
+    model = small()
+    assert make_optimizer(plain, model, 0.003).param_groups[0]["betas"] == (0.9, 0.95)
+    assert make_optimizer(turned, model, 0.003).param_groups[0]["betas"] == (0.9, 0.98)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_every_parameter_is_in_one_group_and_tables_have_a_rate_of_their_own(base: str, tied: bool) -> None:
+    model = small(tied=tied)
+    optimizer = make_optimizer(arm_named(base), model, rate=0.123, table_rate=0.456)
+    blocks, tables = optimizer.param_groups
+    assert (blocks["lr"], tables["lr"]) == (0.123, 0.456)
+    assert {id(p) for p in tables["params"]} == {id(m.weight) for m in (model.token, model.position, model.head)}
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert all(group.get("weight_decay", 0) == 0 for group in optimizer.param_groups)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = small()
+    model.blocks[0].mlp.up.weight.requires_grad_(False)
+    optimizer = make_optimizer(arm_named("sgd"), model, rate=0.1)
+    assert all(p is not model.blocks[0].mlp.up.weight for group in optimizer.param_groups for p in group["params"])
+
+
+def test_a_base_replaces_the_optimizer_under_a_teleport() -> None:
+    arm = arm_named("grad_norm", base="sgd", every=7, radius=0.25, direction="descend")
+    assert (arm.label, arm.every, arm.radius, arm.direction) == ("sgd + grad_norm", 7, 0.25, "descend")
+    assert isinstance(make_optimizer(arm, small(), 0.1), torch.optim.SGD)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("adamv", {}, "arm must be one of adamw, .*, got 'adamv'; pass"),
+        ("rotations", {"base": "lion"}, "base must be one of adamw, .*, got 'lion'; pass"),
+        ("rotations", {"every": 0}, "every must be at least 1, got 0; pass"),
+        ("grad_norm", {"radius": -0.5}, "radius must be positive, got -0.5; pass"),
+    ],
+)
+def test_unknown_names_and_impossible_values_are_refused(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        arm_named(name, **fields)
+
+
+def test_a_rate_that_is_not_positive_is_refused() -> None:
+    with pytest.raises(ValueError, match="rate must be positive, got 0; pass a learning rate"):
+        make_optimizer(arm_named("adamw"), small(), 0)
+
+
+def test_every_listed_arm_has_a_name_of_its_own() -> None:
+    assert len({arm_named(name).label for name in ARMS}) == len(ARMS)
