@@ -205,7 +205,7 @@ def test_a_joint_whose_gradient_is_missing_for_one_step_is_not_turned_in_that_st
     tf.attach(optimizer, turned, "eigenbasis", tf.At(1), frame="return")
     start = everything(model, optimizer)
     train(model, optimizer, 3)
-    model.blocks[0].attention.v.weight.requires_grad_(False)
+    model.get_parameter("blocks.0.attention.v.weight").requires_grad_(False)
     with pytest.warns(RuntimeWarning, match=r"'blocks\.0\.attention\.v\.weight' has no gradient"):
         train(model, optimizer, 1, first=3)
     for name, parameter in model.named_parameters():

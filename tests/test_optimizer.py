@@ -142,9 +142,12 @@ def test_a_step_costs_one_backward_and_one_forward(gpt: GPT, symmetries: tf.Symm
 def test_a_closure_runs_once_before_the_move_and_its_loss_comes_back(
     gpt: GPT, symmetries: tf.Symmetries, door: str, by_keyword: bool
 ) -> None:
-    base = torch.optim.SGD(gpt.named_parameters(), lr=0.1)
-    optimizer = base if door == "attach" else tf.Teleport(base, symmetries, "grad_norm", tf.Once())
-    teleporter = tf.attach(base, symmetries, "grad_norm", tf.Once()) if door == "attach" else optimizer.teleporter  # type: ignore[attr-defined]
+    optimizer: Any = torch.optim.SGD(gpt.named_parameters(), lr=0.1)
+    if door == "attach":
+        teleporter = tf.attach(optimizer, symmetries, "grad_norm", tf.Once())
+    else:
+        optimizer = tf.Teleport(optimizer, symmetries, "grad_norm", tf.Once())
+        teleporter = optimizer.teleporter
     other = copy.deepcopy(gpt)
     plain_way = torch.optim.SGD(other.named_parameters(), lr=0.1)
     tf.attach(plain_way, symmetries, "grad_norm", tf.Once())

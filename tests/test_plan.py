@@ -95,7 +95,7 @@ def test_a_parameter_that_only_left_out_joints_name_need_not_be_in_the_optimizer
     symmetries = tf.Symmetries(
         (joint("a", "0.weight", "1.weight"), joint("p", "1.weight", "2.weight", Permutation(4))), model=model
     )
-    optimizer = torch.optim.SGD([model[0].weight, model[1].weight], lr=0.1)
+    optimizer = torch.optim.SGD([model.get_parameter("0.weight"), model.get_parameter("1.weight")], lr=0.1)
     assert Plan(symmetries, optimizer, objectives.GradNorm()).slots.keys() == {"0.weight", "1.weight"}
 
 
@@ -103,7 +103,7 @@ def test_gradients_are_named_for_the_joints_and_placed_for_the_rest() -> None:
     model, extra = chain(), nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([{"params": list(model.parameters())}, {"params": [extra]}], lr=0.1)
     plan = Plan(two_joints(model), optimizer, objectives.GradNorm())
-    for parameter in (model[0].weight, model[2].weight, extra):
+    for parameter in (model.get_parameter("0.weight"), model.get_parameter("2.weight"), extra):
         parameter.grad = torch.ones_like(parameter)
     found = plan.gradients(optimizer)
     assert found.keys() == {"0.weight", "2.weight", "param_groups[1]['params'][0]"}

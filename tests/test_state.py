@@ -208,6 +208,7 @@ def test_unknown_state_is_refused_before_anything_moves(
         optimizer.step()
     for (weight, gradient), parameter in zip(before, model.parameters(), strict=True):
         assert torch.equal(parameter, weight)
+        assert parameter.grad is not None
         assert torch.equal(parameter.grad, gradient)
 
 

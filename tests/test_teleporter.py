@@ -1,4 +1,4 @@
-"""The engine in good and bad weather: what it records, what it does not act on, what an interrupted step leaves."""
+"""The engine in good and bad weather: what it records, what it does not act on, and what it keeps alive."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, make: Callable[..., Optimizer] = torch.optim.AdamW, **options: Any) -> None:
         torch.manual_seed(0)
-        self.model = nn.Sequential(*(nn.Linear(4, 4, bias=i == 3) for i in range(4))).double()
+        self.model: Any = nn.Sequential(*(nn.Linear(4, 4, bias=i == 3) for i in range(4))).double()
         self.symmetries = tf.Symmetries((joint(0), joint(2)), model=self.model)
         self.optimizer = make(self.model.parameters(), **{"lr": 1e-2, **options})
 
@@ -66,7 +66,7 @@ def same_bits(one: Situation, other: Situation) -> bool:
 
 
 def test_history_has_one_record_per_teleport_with_what_it_did() -> None:
-    run, seen = Run(), []
+    run, seen = Run(), list[tf.TeleportRecord]()
     teleporter = run.attach("grad_norm", tf.Every(2), radius=0.2, on_teleport=seen.append)
     run.train(7)
     assert [record.step for record in teleporter.history] == [2, 4, 6]
@@ -195,6 +195,19 @@ def test_a_step_with_zero_gradients_and_no_rate_leaves_no_trace(objective: str) 
     assert [record.step for record in teleporter.history] == [0]
 
 
+def test_zero_gradients_move_nothing_but_the_step_counts() -> None:
+    """An optimizer with a rate takes the step, its decay included; there is no direction to teleport in."""
+    run, plain = Run(weight_decay=0.1), Run(weight_decay=0.1)
+    teleporter = run.attach("random", tf.Once())
+    for each in (run, plain):
+        for parameter in each.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        each.optimizer.step()
+    assert same_bits(run.situation(), plain.situation())
+    assert teleporter.step_count == 1
+    assert teleporter.history == []
+
+
 def test_a_joint_without_gradients_stays_while_the_others_move() -> None:
     run = Run(lr=0.0)
     teleporter = run.attach("grad_norm", tf.Once())
@@ -214,64 +227,6 @@ def test_a_sparse_gradient_of_a_joint_is_refused() -> None:
     run.model[0].weight.grad = torch.zeros(4, 4, dtype=torch.float64).to_sparse()
     with pytest.raises(ValueError, match=r"gradient of '0\.weight' is torch\.sparse_coo.*build its module with sparse"):
         run.optimizer.step()
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(*_: object) -> None:
-    raise Interrupted
-
-
-class Overridden(torch.optim.AdamW):
-    """An override that calls its base class's step, on which torch runs the hooks a second time."""
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        return super().step(closure)
-
-
-@pytest.mark.parametrize("frame", ["stay", "return"])
-def test_a_step_inside_a_step_teleports_once(frame: str) -> None:
-    Run(torch.optim.AdamW)  # torch hooks a class's step when its first object is made
-    runs = Run(torch.optim.AdamW), Run(Overridden)
-    for run in runs:
-        teleporter = run.attach("grad_norm", tf.Every(2), frame=frame)
-        run.train(5)
-        assert teleporter.step_count == 5
-        assert [record.step for record in teleporter.history] == [2, 4]
-    assert same_bits(runs[0].situation(), runs[1].situation())
-
-
-@pytest.mark.parametrize("objective", ["grad_norm", "eigenbasis"])
-def test_after_a_step_that_raised_the_return_frame_comes_back_all_the_same(objective: str) -> None:
-    """The step's own exception, after the move and before the way back; the retry takes the step as if it never was."""
-    run, undisturbed = Run(torch.optim.SGD), Run(torch.optim.SGD)
-    for each in (run, undisturbed):
-        each.attach(objective, tf.Every(1), frame="return")
-        each.train(2)
-    handle = run.optimizer.register_step_pre_hook(interrupt)
-    run.backward(2)
-    with pytest.raises(Interrupted):
-        run.optimizer.step()
-    handle.remove()
-    run.train(2, first=2)
-    undisturbed.train(2, first=2)
-    for here, there in zip(run.model.parameters(), undisturbed.model.parameters(), strict=True):
-        torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-12)
-
-
-def test_gradients_put_aside_by_a_step_that_raised_do_not_come_back_later() -> None:
-    run = Run()
-    run.attach("grad_norm", tf.Once())
-    handle = run.optimizer.register_step_pre_hook(interrupt)
-    run.backward()
-    run.model[0].weight.grad[0, 0] = math.nan
-    with pytest.warns(RuntimeWarning, match="not finite"), pytest.raises(Interrupted):
-        run.optimizer.step()
-    handle.remove()
-    run.train(1)
-    assert all(bool(tensor.isfinite().all()) for tensor in run.situation().values())
 
 
 def test_the_teleporter_keeps_neither_model_nor_optimizer_alive() -> None:
@@ -294,7 +249,7 @@ def test_the_teleporter_keeps_neither_model_nor_optimizer_alive() -> None:
 
 
 def test_a_dropped_teleporter_goes_on_teleporting() -> None:
-    run, seen = Run(), []
+    run, seen = Run(), list[tf.TeleportRecord]()
     run.attach("grad_norm", tf.Every(1), on_teleport=seen.append)
     gc.collect()
     run.train(3)

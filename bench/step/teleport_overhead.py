@@ -60,7 +60,7 @@ def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
             for switch.on, row in ((False, f"{objective}, not firing"), (True, f"{objective}, teleport")):
                 times.setdefault(row, []).append(_seconds(optimizer.step) - times["plain step"][-1])
     base = times["forward_backward"][WARM_UP:]
-    rows = {row: _spread([x / b for x, b in zip(xs[WARM_UP:], base)]) for row, xs in times.items()}
+    rows = {row: _spread([x / b for x, b in zip(xs[WARM_UP:], base, strict=True)]) for row, xs in times.items()}
     rows["forward_backward_ms"] = _spread([1e3 * b for b in base])
     return rows
 

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from teleport_fast.ops import group_action_
+from teleport_fast.ops import diagonal_action_, group_action_, permutation_action_
 from teleport_fast.symmetry.groups import Group
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.view import View
@@ -113,18 +113,28 @@ class Bucket:
                 group_action_(forward[index], backward[index], element.g[rows], element.g_inverse_t[rows])
 
     def _move_diagonal(self, g: Tensor, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
-        for index, kind, view, side, alias in self._present(sources):
-            s = g[index * self.heads : (index + 1) * self.heads, :, None, None]
-            factor = s.pow(side * view.power * _EXPONENT[kind]).to(alias.dtype)
-            if view.shift and kind == PARAMETER:
-                alias.add_(view.shift).mul_(factor).sub_(view.shift)
-            else:
-                alias.mul_(factor)
+        present = list(self._present(sources))
+        exponents = [side * view.power * _EXPONENT[kind] for _, kind, view, side, _ in present]
+        shifts = [view.shift if kind == PARAMETER else 0.0 for _, kind, view, _, _ in present]
+        for rows, joints, run in self._runs([index for index, *_ in present]):
+            tensors = [present[i][4] for i in run]
+            diagonal_action_(tensors, g[rows], [exponents[i] for i in run], [shifts[i] for i in run], joints)
 
     def _permute(self, g: Tensor, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
-        for index, _, _, _, alias in self._present(sources):
-            rows = g[index * self.heads : (index + 1) * self.heads, :, None, None]
-            alias.copy_(torch.take_along_dim(alias, rows, 1))
+        present = list(self._present(sources))
+        for rows, joints, run in self._runs([index for index, *_ in present]):
+            permutation_action_([present[i][4] for i in run], g[rows], joints=joints)
+
+    def _runs(self, owners: Sequence[int]) -> Iterable[tuple[slice, int, list[int]]]:
+        """(rows of g, joints, positions) of each call: one for all joints that own as many tensors, else one per joint."""
+        count, places = len(self.joints), list(range(len(owners)))
+        if owners and [owners.count(index) for index in range(count)] == [len(owners) // count] * count:
+            yield slice(None), count, places
+            return
+        for index in range(count):
+            run = [i for i in places if owners[i] == index]
+            if run:
+                yield slice(index * self.heads, (index + 1) * self.heads), 1, run
 
 
 def buckets(joints: Iterable[Joint]) -> list[Bucket]:

@@ -1,0 +1,43 @@
+// gram_difference: the work items that its host side hands to the kernel of one instruction set.
+#pragma once
+
+#include "isa.h"
+#include "storage.h"
+
+namespace teleport_fast {
+
+// Most columns of a panel: two strips of two AVX2 vectors, 12 KB together, stay in a first-level cache, and a running sum of 96
+// terms has at most torch's error (192: up to 2.2 times).
+constexpr int64_t kGramDepth = 96;
+// The same for a joint of at most kFewColumns columns, where torch's own sums are shorter still.
+constexpr int64_t kFewColumns = 192, kShortDepth = 32;
+// Rows of a panel and of a partial sum are padded to the widest strip of any instruction set.
+inline int64_t gram_row_bytes(int64_t h, int64_t element) { return (h > 0 ? h * element + 127 : 128) / 128 * 128; }
+
+// A run of columns of one view.
+struct GramSegment {
+  const View* view;
+  int64_t first, count;
+};
+
+// Segments of one sign that are packed and multiplied together; `depth` columns, at most kGramDepth.
+struct GramPanel {
+  int64_t first_segment, end_segment, depth;
+  int32_t sign;
+  bool heads_inside;  // rows are contiguous, so that the next head lies nearer than the next columns
+};
+
+// Some heads' Grams over some panels. partial: one (h + 1, padded h) per head, partial_step bytes apart; the lower triangle holds
+// the signed sum, the last row the square sums of all rows.
+struct GramItem {
+  const GramSegment* segments;
+  const GramPanel* panels;
+  int64_t panel_count, first_head, head_count, h;
+  char* partial;
+  int64_t partial_step;
+  void* scratch;
+};
+
+TELEPORT_FAST_KERNEL(gram_item, (const GramItem& item, bool is_double))
+
+}  // namespace teleport_fast

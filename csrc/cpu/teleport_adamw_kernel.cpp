@@ -1,0 +1,131 @@
+// teleport_adamw_ for one instruction set: a block's entries are moved and stepped in registers, read once and written once.
+#include "teleport_adamw.h"
+#include "vec.h"
+
+#if !defined(__SSE2__)
+#include <cmath>
+#endif
+
+namespace teleport_fast::TELEPORT_FAST_ISA {
+namespace {
+
+template <class T>
+INLINE Vec<T> square_root(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_sqrt_ps(x);
+  else return _mm512_sqrt_pd(x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_sqrt_ps(x);
+  else return _mm256_sqrt_pd(x);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return _mm_sqrt_ps(x);
+  else return _mm_sqrt_pd(x);
+#else
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
+template <class T>
+struct Numbers {
+  T shift, beta1, beta2, one_minus_beta1, one_minus_beta2, eps, keep, rate, scale;
+
+  explicit INLINE Numbers(const AdamwItem& item)
+      : shift(T(item.shift)), beta1(T(item.step.beta1)), beta2(T(item.step.beta2)), one_minus_beta1(T(1 - item.step.beta1)),
+        one_minus_beta2(T(1 - item.step.beta2)), eps(T(item.step.eps)), keep(T(item.step.keep)), rate(T(item.step.rate)),
+        scale(T(item.step.scale)) {}
+};
+
+template <class T>
+INLINE void step(Vec<T>& p, Vec<T> g, Vec<T>& m, Vec<T>& v, Vec<T> parameter_factor, Vec<T> gradient_factor, const Numbers<T>& n) {
+  p *= parameter_factor;
+  // (p + c) f - c as p f + c (f - 1); without a shift the sum would turn -0 into 0, which the step does anyway.
+  if (n.shift != 0) p += (parameter_factor - T(1)) * n.shift;
+  g *= gradient_factor;
+  m *= gradient_factor;
+  v *= gradient_factor * gradient_factor;
+  p *= splat(n.keep);
+  // The form that is exact at both ends; small weights are added to m, large ones taken from g.
+  if (n.one_minus_beta1 < T(0.5)) m = fma<T>(splat(n.one_minus_beta1), g - m, m);
+  else m = g - (g - m) * n.beta1;
+  v = fma<T>(splat(n.one_minus_beta2) * g, g, v * n.beta2);
+  p -= n.rate * m / (square_root<T>(v) * n.scale + n.eps);
+}
+
+// Fewer than a whole vector, or no contiguous ones: through a vector whose other lanes are idle.
+template <class S, class T>
+INLINE void step_few(S* const (&x)[4], const Axis<4>& axis, int64_t i, const T* parameter_factors, const T* gradient_factors, const Numbers<T>& n) {
+  constexpr int lanes = kLanes<T>;
+  for (int count; i < axis.size; i += count) {
+    count = int(axis.size - i < lanes ? axis.size - i : lanes);
+    T entries[4][lanes] = {}, factors[2][lanes] = {};
+    for (int l = 0; l < count; ++l) {
+      for (int t = 0; t < 4; ++t) entries[t][l] = widen(x[t][(i + l) * axis.steps[t]]);
+      factors[0][l] = parameter_factors[(i + l) * axis.row_step];
+      factors[1][l] = gradient_factors[(i + l) * axis.row_step];
+    }
+    Vec<T> p = load(entries[0]), m = load(entries[2]), v = load(entries[3]);
+    step<T>(p, load(entries[1]), m, v, load(factors[0]), load(factors[1]), n);
+    store(p, entries[0]);
+    store(m, entries[2]);
+    store(v, entries[3]);
+    for (int t = 0; t < 4; ++t)
+      if (t != 1)
+        for (int l = 0; l < count; ++l) narrow(entries[t][l], x[t] + (i + l) * axis.steps[t]);
+  }
+}
+
+template <class S, class T>
+INLINE void step_run(S* const (&x)[4], const Axis<4>& axis, const T* parameter_factors, const T* gradient_factors, const Numbers<T>& n) {
+  constexpr int lanes = kLanes<T>;
+  const bool contiguous = axis.steps[0] == 1 && axis.steps[1] == 1 && axis.steps[2] == 1 && axis.steps[3] == 1;
+  S *parameter = x[0], *moment = x[2], *second = x[3];
+  const S *from = parameter, *gradient = x[1], *moment_from = moment, *second_from = second;
+  int64_t i = 0;
+  if (contiguous && axis.row_step <= 1) {
+    Vec<T> parameter_factor = splat(*parameter_factors), gradient_factor = splat(*gradient_factors);
+    for (; i + lanes <= axis.size; i += lanes) {
+      if (axis.row_step) {
+        parameter_factor = load(parameter_factors + i);
+        gradient_factor = load(gradient_factors + i);
+      }
+      Vec<T> p = load(from + i), m = load(moment_from + i), v = load(second_from + i);
+      step<T>(p, load(gradient + i), m, v, parameter_factor, gradient_factor, n);
+      store(p, parameter + i);
+      store(m, moment + i);
+      store(v, second + i);
+    }
+  }
+  step_few<S, T>(x, axis, i, parameter_factors, gradient_factors, n);
+}
+
+template <class S, class T>
+void step_block(const AdamwItem& item) {
+  const Block<4>& block = item.block;
+  const Axis<4>* axes = block.axes;
+  const Numbers<T> numbers(item);
+  for (int64_t i = 0; i < axes[0].size; ++i)
+    for (int64_t j = 0; j < axes[1].size; ++j)
+      for (int64_t k = 0; k < axes[2].size; ++k) {
+        const int64_t row = block.row + i * axes[0].row_step + j * axes[1].row_step + k * axes[2].row_step;
+        S* x[4];
+        for (int t = 0; t < 4; ++t)
+          x[t] = static_cast<S*>(block.data[t]) + i * axes[0].steps[t] + j * axes[1].steps[t] + k * axes[2].steps[t];
+        step_run<S, T>(
+            x, axes[3], static_cast<const T*>(item.parameter_factors) + row, static_cast<const T*>(item.gradient_factors) + row,
+            numbers);
+      }
+}
+
+}  // namespace
+
+void adamw_item(const AdamwItem& item) {
+  switch (item.storage) {
+    case Storage::Float64: return step_block<double, double>(item);
+    case Storage::BFloat16: return step_block<BFloat16, float>(item);
+    case Storage::Half: return step_block<Half, float>(item);
+    default: return step_block<float, float>(item);
+  }
+}
+
+}  // namespace teleport_fast::TELEPORT_FAST_ISA

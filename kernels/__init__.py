@@ -1,0 +1,1 @@
+"""Triton kernels, one op per file: the module and its function carry the op's name."""

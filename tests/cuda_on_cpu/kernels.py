@@ -1,0 +1,220 @@
+"""The host functions of csrc/cuda as Python functions over lists of views, outputs poisoned with NaN."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+emulated: Any = importlib.import_module("cuda_on_cpu_emulated")  # loaded by conftest.py
+
+I64, I32, F64 = ctypes.c_int64, ctypes.c_int32, ctypes.c_double
+SHARED_LIMIT = 160 << 10
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class JointRows(ctypes.Structure):
+    _fields_ = [("partial", I64), ("out", I64), ("rows", I32), ("slots", I32), ("first_block", I32), ("unused", I32)]
+
+
+class DiagonalView(ctypes.Structure):
+    _fields_ = [("view", emulated.ViewStruct), ("scale", ctypes.c_void_p), ("exponent", F64), ("shift", F64)]
+
+
+class PermutedView(ctypes.Structure):
+    _fields_ = [("view", emulated.ViewStruct), ("index", ctypes.c_void_p)]
+
+
+class GramPlan(ctypes.Structure):
+    _fields_ = [
+        *[(name, I32) for name in ("joints", "heads", "h", "plus", "minus", "float64", "keep_partials")],
+        *[(name, I32) for name in ("splits", "micro", "side", "pairs", "groups", "multipliers", "threads")],
+        ("shared_bytes", I64),
+        ("partials", I64),
+    ]
+
+
+class ActedView(ctypes.Structure):
+    _fields_ = [("view", emulated.ViewStruct), ("matrix", ctypes.c_void_p)]
+
+
+class GroupActionPlan(ctypes.Structure):
+    _fields_ = [
+        *[(name, I32) for name in ("h", "row_groups", "column_groups", "width")],
+        *[(name, I32) for name in ("swizzle", "matrix_stride", "slice", "float64")],
+        ("tiles", I64),
+        ("shared_bytes", I64),
+    ]
+
+
+def interleaved(plus: Sequence[Tensor], minus: Sequence[Tensor], joints: int) -> list[Tensor]:
+    """Joint-major, each joint's plus views first."""
+    p, m = len(plus) // joints, len(minus) // joints
+    return [t for j in range(joints) for t in (*plus[j * p : (j + 1) * p], *minus[j * m : (j + 1) * m])]
+
+
+class Kernels:
+    """One method per op; each takes what the op's Python function takes."""
+
+    def __init__(self, emulator: Any) -> None:
+        self.emulator = emulator
+        self.library = emulator.library
+
+    def square_sums(self, tensors: Sequence[Tensor], joints: int = 1) -> tuple[Tensor, Tensor]:
+        acc = accumulator(tensors[0].dtype)
+        views = emulated.view_table(tensors, joints)
+        rows = [tensors[i].shape[0] * tensors[i].shape[1] for i in range(0, len(tensors), len(tensors) // joints)]
+        joint_rows = (JointRows * joints)(*[JointRows(rows=r) for r in rows])
+        plan = (I64 * 3)()
+        arguments = (views, I64(len(tensors)), joint_rows, I64(joints))
+        self.emulator.check(self.library.tf_cuda_square_sums_plan(*arguments, None, plan))
+        owners = (I32 * (plan[0] + plan[1] + 1))()
+        self.emulator.check(self.library.tf_cuda_square_sums_plan(*arguments, owners, plan))
+        workspace = torch.full((2 * plan[2] + 1,), torch.nan, dtype=acc)
+        squares, l1 = (torch.full((sum(rows) + 1,), torch.nan, dtype=acc) for _ in range(2))
+        self.emulator.begin(tensors, [workspace, squares, l1])
+        code = self.library.tf_cuda_square_sums(
+            self.emulator.table(views),
+            self.emulator.table(joint_rows),
+            self.emulator.table(owners),
+            plan,
+            *map(pointer, (workspace, squares, l1)),
+            acc == torch.float64,
+            None,
+        )
+        self.emulator.check(code)
+        assert squares[-1].isnan() and l1[-1].isnan()
+        return squares[:-1], l1[:-1]
+
+    def diagonal_action_(
+        self, tensors: Sequence[Tensor], scales: Sequence[Tensor], exponents: Sequence[float], shifts: Sequence[float]
+    ) -> None:
+        views = (DiagonalView * len(tensors))(
+            *[
+                DiagonalView(emulated.view_struct(t), s.data_ptr(), e, c)
+                for t, s, e, c in zip(tensors, scales, exponents, shifts, strict=True)
+            ]
+        )
+        tiles = self.planned(self.library.tf_cuda_diagonal_action_plan, views, None)
+        owners = (I32 * (tiles + 1))()
+        self.library.tf_cuda_diagonal_action_plan(views, I64(len(tensors)), owners)
+        self.emulator.begin(scales, tensors)
+        code = self.library.tf_cuda_diagonal_action_(
+            self.emulator.table(views),
+            self.emulator.table(owners),
+            I64(tiles),
+            scales[0].dtype == torch.float64,
+            tensors[0].dtype == torch.float64,
+            None,
+        )
+        self.emulator.check(code)
+
+    def permutation_action_(self, tensors: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+        views = (PermutedView * len(tensors))(
+            *[PermutedView(emulated.view_struct(t), i.data_ptr()) for t, i in zip(tensors, indices, strict=True)]
+        )
+        shared = I64()
+        plan = self.library.tf_cuda_permutation_action_plan
+        tiles = self.planned(plan, views, I64(SHARED_LIMIT), None, ctypes.byref(shared))
+        owners = (I32 * (tiles + 1))()
+        plan(views, I64(len(tensors)), I64(SHARED_LIMIT), owners, ctypes.byref(shared))
+        self.emulator.begin(indices, tensors)
+        code = self.library.tf_cuda_permutation_action_(
+            self.emulator.table(views), self.emulator.table(owners), I64(tiles), shared, None
+        )
+        self.emulator.check(code)
+
+    def planned(self, plan: Any, views: ctypes.Array, *arguments: Any) -> int:
+        """The number of tiles that a planner counts; raises where it refuses."""
+        plan.restype = I64
+        tiles = plan(views, I64(len(views)), *arguments)
+        if tiles < 0:
+            raise emulated.EmulatorError(f"the planner returned {tiles}")
+        return int(tiles)
+
+    def gram_difference(
+        self,
+        plus: Sequence[Tensor],
+        minus: Sequence[Tensor],
+        joints: int = 1,
+        wanted_blocks: int = 1,
+        shared_limit: int = 227 << 10,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = interleaved(plus, minus, joints)
+        heads, h, acc = tensors[0].shape[0], tensors[0].shape[1], accumulator(tensors[0].dtype)
+        plan = GramPlan(joints, heads, h, len(plus) // joints, len(minus) // joints, acc == torch.float64)
+        views = emulated.view_table(tensors, joints)
+        limits = I64(wanted_blocks), I64(shared_limit)
+        code = self.library.tf_cuda_gram_difference_plan(views, ctypes.byref(plan), *limits)
+        self.emulator.check(code)
+        workspace = torch.full((plan.partials + 1,), torch.nan, dtype=acc)
+        d = torch.full((joints * heads * h * h + 1,), torch.nan, dtype=acc)
+        trace = torch.full((joints * heads + 1,), torch.nan, dtype=acc)
+        self.emulator.begin(tensors, [workspace, d, trace])
+        code = self.library.tf_cuda_gram_difference(
+            self.emulator.table(views), ctypes.byref(plan), *map(pointer, (workspace, d, trace)), None
+        )
+        self.emulator.check(code)
+        assert d[-1].isnan() and trace[-1].isnan()
+        return d[:-1].view(-1, h, h), trace[:-1]
+
+    def group_action_(
+        self,
+        plus: Sequence[Tensor],
+        minus: Sequence[Tensor],
+        g: Tensor,
+        g_inverse_t: Tensor,
+        joints: int = 1,
+        wanted_blocks: int = 1,
+    ) -> GroupActionPlan:
+        acted = []
+        for tensors, matrices in ((plus, g), (minus, g_inverse_t)):
+            heads = len(matrices) // joints
+            for i, tensor in enumerate(tensors):
+                joint = i * joints // len(tensors)
+                acted.append(ActedView(emulated.view_struct(tensor), matrices[joint * heads].data_ptr()))
+        views, plan = (ActedView * max(1, len(acted)))(*acted), GroupActionPlan()
+        arguments = (views, I64(len(acted)), I64(wanted_blocks))
+        self.emulator.check(self.library.tf_cuda_group_action_plan(*arguments, None, ctypes.byref(plan)))
+        owners = (I32 * (plan.tiles + 1))()
+        self.library.tf_cuda_group_action_plan(*arguments, owners, ctypes.byref(plan))
+        self.emulator.begin([g, g_inverse_t], [*plus, *minus])
+        code = self.library.tf_cuda_group_action_(
+            self.emulator.table(views), self.emulator.table(owners), ctypes.byref(plan), None
+        )
+        self.emulator.check(code)
+        return plan
+
+    def covariance_(
+        self, covariance: Tensor, tensors: Sequence[Tensor], decay: float, joints: int = 1, wanted_blocks: int = 1
+    ) -> None:
+        heads, h = tensors[0].shape[:2]
+        plan = GramPlan(len(tensors), heads, h, 0, 1, covariance.dtype == torch.float64)
+        views = emulated.view_table(tensors, len(tensors))
+        self.emulator.check(
+            self.library.tf_cuda_covariance_plan(views, ctypes.byref(plan), I64(wanted_blocks), I64(227 << 10))
+        )
+        workspace = torch.full((plan.partials + 1,), torch.nan, dtype=covariance.dtype)
+        self.emulator.begin(tensors, [workspace, covariance])
+        code = self.library.tf_cuda_covariance_(
+            self.emulator.table(views),
+            ctypes.byref(plan),
+            I64(joints),
+            F64(decay),
+            pointer(workspace),
+            pointer(covariance),
+            None,
+        )
+        self.emulator.check(code)
+        assert workspace[-1].isnan()

@@ -1,0 +1,159 @@
+"""The choice of a backend: asked for, usable, preferred are three questions, and each wrong answer says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import teleport_fast
+from teleport_fast.ops import backend as module
+from teleport_fast.ops import gram_difference, group_action
+from teleport_fast.ops.backend import BACKENDS, Op, availability, backends, current_backend, direct, set_backend
+
+FLOAT = frozenset([torch.float32])
+
+
+@pytest.fixture(autouse=True)
+def auto_again():
+    yield
+    set_backend("auto")
+
+
+def test_reference_is_always_there_and_all_others_say_why_not():
+    found = backends()
+    assert tuple(found) == BACKENDS and found["reference"] is True
+    assert all(state is True or (isinstance(state, str) and state) for state in found.values())
+
+
+def test_a_call_holds_for_the_process_and_a_block_for_its_thread():
+    seen: dict[str, str] = {}
+
+    def look(name: str) -> None:
+        seen[name] = current_backend()
+
+    set_backend("reference")
+    with set_backend("auto"):
+        look("block")
+        thread = threading.Thread(target=look, args=("thread",))
+        thread.start()
+        thread.join()
+    look("after")
+    assert seen == {"block": "auto", "thread": "reference", "after": "reference"}
+
+
+def test_blocks_nest_and_end_with_an_error():
+    with set_backend("reference"):
+        with pytest.raises(ZeroDivisionError), set_backend("auto"):
+            raise ZeroDivisionError
+        assert current_backend() == "reference"
+    assert current_backend() == "auto"
+
+
+def test_unknown_and_missing_backends_are_refused():
+    with pytest.raises(ValueError, match=r"backend must be one of auto, reference.* got 'blas'"):
+        set_backend("blas")
+    for name, state in backends().items():
+        if state is not True:
+            with pytest.raises(RuntimeError, match=f"backend '{name}' is not available: "):
+                set_backend(name)
+    assert current_backend() == "auto"
+
+
+def plain(*arguments: object) -> str:
+    return "reference"
+
+
+def test_a_backend_that_was_asked_for_and_cannot_is_an_error_and_under_auto_it_is_passed_over():
+    op = Op("an_op_without_kernels", plain)
+    tensors = [torch.ones(1, 2, 3)]
+    assert op.choose(tensors, size=2) is plain
+    if availability("cpp") is True:
+        with set_backend("cpp"), pytest.raises(RuntimeError, match="an_op_without_kernels: it has no kernel"):
+            op.choose(tensors, size=2)
+
+
+def test_cpp_does_not_take_tensors_of_another_device():
+    if availability("cpp") is not True:
+        pytest.skip(str(availability("cpp")))
+    op = Op("gram_difference", plain)
+    assert op.can_use("cpp", "cpu", FLOAT) is True
+    assert op.can_use("cpp", "cuda", FLOAT) == "it computes on cpu, the tensors are on cuda"
+
+
+def test_preferences_are_read_by_size_dtype_and_device(monkeypatch):
+    rows = [{"up_to": 8, "backends": ["cpp"]}, {"up_to": None, "backends": []}]
+    table = {"ops": {"some_op": {"cpu": rows, "cpu/float64": [{"up_to": None, "backends": ["triton"]}]}}}
+    monkeypatch.setattr(module, "_PREFERENCES", table)
+    op = Op("some_op", plain)
+    assert op.prefer("cpu", FLOAT, 8) == ["cpp", "reference"]
+    assert op.prefer("cpu", FLOAT, 9) == ["reference"]
+    assert op.prefer("cpu", frozenset([torch.float64]), 9) == ["triton", "reference"]
+    assert op.prefer("cuda", FLOAT, 1) == ["reference"]
+
+
+def test_the_table_names_backends_that_exist_and_the_command_that_measured_it():
+    table = json.loads((Path(module.__file__).parent / "preferences.json").read_text())
+    assert table["command"] and table["machine"]
+    for rows_by_key in table["ops"].values():
+        for key, rows in rows_by_key.items():
+            assert key.split("/")[0] in ("cpu", "cuda") and rows[-1]["up_to"] is None
+            assert all(set(row["backends"]) <= set(BACKENDS) for row in rows)
+            limits = [row["up_to"] for row in rows[:-1]]
+            assert limits == sorted(limits)
+
+
+def test_direct_calls_are_for_plain_tensors_that_nobody_watches():
+    A = torch.ones(1, 2, 3)
+    assert direct([A]) and direct([torch.nn.Parameter(A, requires_grad=False)])
+    w = A.clone().requires_grad_()
+    assert not direct([w])
+    with torch.no_grad():
+        assert direct([w])
+    with torch.autograd.forward_ad.dual_level():
+        assert not direct([A])
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert not direct([mode.from_tensor(A)])
+    assert torch.func.vmap(lambda t: t * direct([t]))(A).sum() == 0
+
+
+def test_ops_are_reachable_under_every_name():
+    assert teleport_fast.set_backend is set_backend and teleport_fast.backends is backends
+    assert teleport_fast.ops.gram_difference is gram_difference and teleport_fast.ops.group_action is group_action
+
+
+def run(code: str, **environment: str) -> str:
+    command, environment = [sys.executable, "-c", code], {**os.environ, **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.strip()
+
+
+def test_the_environment_chooses_the_instruction_set():
+    if availability("cpp") is not True:
+        pytest.skip(str(availability("cpp")))
+    code = (
+        "import torch; from teleport_fast.ops.backend import availability; from teleport_fast import _C;"
+        "print(availability('cpp'), torch.ops.teleport_fast_cpp.isa(), _C.build_info()['isa'])"
+    )
+    assert run(code, TELEPORT_FAST_ISA="default") == "True default default"
+    refused = run(
+        "from teleport_fast.ops.backend import availability; print(availability('cpp'))", TELEPORT_FAST_ISA="mmx"
+    )
+    assert "TELEPORT_FAST_ISA=mmx" in refused and "default, avx2, avx512" in refused
+
+
+def test_without_the_library_every_op_still_computes():
+    code = (
+        "import pathlib; exists = pathlib.Path.exists;"
+        "pathlib.Path.exists = lambda self, **k: self.name != '_ops.so' and exists(self, **k);"
+        "import torch, teleport_fast as tf;"
+        "print(tf.backends()['cpp']); print(tf.ops.gram_difference(torch.ones(1, 1, 2), torch.ones(1, 1, 3))[0].item())"
+    )
+    reason, value = run(code).splitlines()
+    assert "is not built" in reason and "pip install" in reason and value == "1.0"

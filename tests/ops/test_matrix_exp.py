@@ -1,0 +1,174 @@
+"""matrix_exp equals Σ Mᵏ/k! at every norm, width, dtype and memory layout, and matrix_exp_pair its inverse too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from teleport_fast.ops import matrix_exp, matrix_exp_pair
+
+SIZES = [0, 1, 3, 7, 8, 63, 64, 65, 127, 128]
+# Around the norms at which the degree and the number of squarings change, and far beyond.
+NORMS = [0.0, 1e-6, 1e-3, 0.01, 0.1, 0.3, 0.7, 0.9, 1.5, 2.5, 5.0, 20.0]
+
+
+def of_norm(matrices: Tensor, norms: Tensor) -> Tensor:
+    sums = matrices.abs().sum(-2).amax(-1)
+    return matrices * (norms / sums)[:, None, None]
+
+
+def draw(h: int, kind: str, norms: list[float] = NORMS) -> Tensor:
+    """One float64 matrix per norm."""
+    M = torch.randn(len(norms), h, h, dtype=torch.float64)
+    if kind != "general":
+        M = M + M.mT
+    if kind == "negative":
+        M = -(M @ M)
+    return of_norm(M, torch.tensor(norms, dtype=torch.float64)) if h else M
+
+
+def exact_exp(M: Tensor) -> np.ndarray:
+    """Scaling to norm 2⁻⁶, 16 terms and squaring, in extended precision (64 bits)."""
+    A = M.double().numpy().astype(np.longdouble)
+    norm = float(np.abs(A).sum(-2).max()) if A.size else 0.0
+    times = max(0, int(np.ceil(np.log2(norm * 64)))) if norm else 0
+    A = A / np.longdouble(2) ** times
+    X = np.zeros_like(A) + np.eye(A.shape[-1], dtype=np.longdouble)
+    for k in range(16, 0, -1):
+        X = np.eye(A.shape[-1], dtype=np.longdouble) + A @ X / k
+    for _ in range(times):
+        X = X @ X
+    return X
+
+
+def error_of(result: Tensor, truth: np.ndarray) -> np.ndarray:
+    """Relative error of each matrix in the Frobenius norm."""
+    difference = result.double().numpy().astype(np.longdouble) - truth
+    return np.sqrt((difference**2).sum((-1, -2)) / (truth**2).sum((-1, -2))).astype(float)
+
+
+def assert_as_accurate_as_torch(M: Tensor, truth_plus: np.ndarray, truth_minus: np.ndarray | None = None) -> None:
+    plus = matrix_exp(M)
+    assert plus.dtype == M.dtype and plus.shape == M.shape and plus.is_contiguous()
+    allowed = error_of(torch.linalg.matrix_exp(M), truth_plus)
+    # Four roundings are granted where torch happens to be exact.
+    floor = 4 * torch.finfo(M.dtype).eps
+    assert (error_of(plus, truth_plus) <= 2 * allowed + floor).all()
+    if truth_minus is not None:
+        both = matrix_exp_pair(M)
+        assert (error_of(both[0], truth_plus) <= 2 * allowed + floor).all()
+        assert (error_of(both[1], truth_minus) <= 2 * error_of(torch.linalg.matrix_exp(-M), truth_minus) + floor).all()
+
+
+@pytest.mark.parametrize("kind", ["general", "symmetric", "negative"])
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_error_is_at_most_twice_torchs_own_at_every_norm(way, size, kind, nan_filled_memory):
+    M = draw(size, kind).float()
+    truths = (torch.linalg.matrix_exp(sign * M.double()).numpy().astype(np.longdouble) for sign in (1, -1))
+    assert_as_accurate_as_torch(M, *truths) if size else matrix_exp(M)
+
+
+@pytest.mark.parametrize("kind", ["general", "symmetric", "negative"])
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 17, 33])
+def test_float64_error_is_at_most_twice_torchs_own_at_every_norm(way, size, kind, nan_filled_memory):
+    M = draw(size, kind)
+    assert_as_accurate_as_torch(M, exact_exp(M), exact_exp(-M))
+
+
+@pytest.mark.parametrize("size", [63, 64, 65, 127, 128])
+def test_float64_error_is_at_most_twice_torchs_own_at_large_widths(way, size):
+    M = draw(size, "general", [0.5])
+    assert_as_accurate_as_torch(M, exact_exp(M), exact_exp(-M))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once(way, dtype):
+    M = draw(9, "general", NORMS[:10]).to(dtype)
+    truth = torch.linalg.matrix_exp(M.double())
+    for result in (matrix_exp(M), matrix_exp_pair(M)[0]):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, truth.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("h", [2, 5, 16, 40])
+def test_the_pair_is_a_matrix_and_its_inverse(way, h):
+    M = draw(h, "general", [0.2, 1.0, 3.0])
+    plus, minus = matrix_exp_pair(M)
+    torch.testing.assert_close(plus @ minus, torch.eye(h, dtype=torch.float64).expand_as(M), rtol=0, atol=1e-12)
+    torch.testing.assert_close(minus, matrix_exp(-M), rtol=1e-12, atol=1e-12)
+    # Negative control: the transpose is an inverse for antisymmetric M only.
+    assert not torch.allclose(plus @ plus.mT, torch.eye(h, dtype=torch.float64).expand_as(M))
+
+
+def test_every_matrix_has_its_own_degree(way):
+    # A large neighbour must not change a small matrix's bits.
+    small, large = draw(6, "general", [1e-3]).float(), draw(6, "general", [30.0]).float()
+    assert torch.equal(matrix_exp(torch.cat((small, large)))[:1], matrix_exp(small)) or way == "reference"
+
+
+def test_any_batch_shape_and_strides(way):
+    M = torch.randn(4, 3, 2, 5, 5).transpose(0, 2)[..., ::1]
+    torch.testing.assert_close(matrix_exp(M), torch.linalg.matrix_exp(M))
+    torch.testing.assert_close(matrix_exp(M.mT), torch.linalg.matrix_exp(M.mT.contiguous()))
+    assert matrix_exp(torch.zeros(0, 3, 3)).shape == (0, 3, 3)
+    assert torch.equal(matrix_exp(torch.zeros(3, 3)), torch.eye(3))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("h", [2, 9, 33])
+def test_a_non_finite_matrix_gives_nan_and_leaves_the_others_alone(cpp_way, h, bad):
+    M = torch.randn(3, h, h)
+    M[1, h - 1, 0] = bad
+    for result in (matrix_exp(M), *matrix_exp_pair(M)):
+        assert result[1].isnan().all() and result[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("h", [2, 9, 40])
+def test_bits_do_not_depend_on_the_number_of_threads(cpp_way, h):
+    M, before, results = torch.randn(50, h, h), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append((matrix_exp(M), *matrix_exp_pair(M)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradients_of_any_order_match_finite_differences(way):
+    M = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    for fn in (matrix_exp, matrix_exp_pair):
+        assert torch.autograd.gradcheck(fn, (M,))
+        assert torch.autograd.gradgradcheck(fn, (M,))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(way, requires_grad):
+    M = torch.randn(2, 3, 3, requires_grad=requires_grad)
+    torch.library.opcheck(torch.ops.teleport_fast.matrix_exp.default, (M,))
+    torch.library.opcheck(torch.ops.teleport_fast.matrix_exp_pair.default, (M.mT,))
+
+
+def test_compiles_without_a_graph_break(way):
+    def trace(M: Tensor) -> Tensor:
+        plus, minus = matrix_exp_pair(M.sin())
+        return (matrix_exp(M) @ minus).sum() + plus.sum()
+
+    M = torch.randn(3, 4, 4, requires_grad=True)
+    torch.testing.assert_close(torch.compile(trace, fullgraph=True, backend="aot_eager")(M), trace(M))
+
+
+@pytest.mark.parametrize("fn", [matrix_exp, matrix_exp_pair])
+@pytest.mark.parametrize(
+    "M, error, words",
+    [
+        (torch.ones(2, 3, 4), ValueError, ["(..., h, h)", "(2, 3, 4)"]),
+        (torch.ones(3), ValueError, ["(..., h, h)", "(3,)"]),
+        (torch.ones(2, 2, dtype=torch.int32), TypeError, ["float32", "torch.int32"]),
+    ],
+)
+def test_bad_input_names_the_argument_and_its_shape(fn, M, error, words):
+    with pytest.raises(error) as caught:
+        fn(M)
+    assert all(word in str(caught.value) for word in [fn.__name__, "M", *words])
