@@ -8,9 +8,9 @@ Loses to torch where one small tensor is all there is: building and moving the t
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -48,11 +48,11 @@ def _scale_tiles(view, place, DTYPE: tl.constexpr, ACC: tl.constexpr,
     head, row, _, first, last = streaming_place(view, place, ROWS, COLUMNS)
     rows = row + tl.arange(0, ROWS)
     opened = open_view(view, head, DTYPE, LAYOUT)
-    # The table's extra fields are the addresses of the view's factors (heads, h) and of its shift.
+    # The table's extra fields are the address of the view's factors (heads, h) and the bits of its shift, a float64.
     h = tl.load(view + 2)
     factors = tl.load(view + 10).to(tl.pointer_type(ACC)) + head * h
     factor = tl.load(factors + rows, mask=rows < h, other=0.0)
-    shift = tl.load(tl.load(view + 11).to(tl.pointer_type(ACC)))
+    shift = tl.load(view + 11).to(tl.float64, bitcast=True).to(ACC)
     for step in tl.range(first, last):
         pointers, mask = tile(opened, rows, step, LAYOUT, COLUMNS)
         x = tl.load(pointers, mask=mask, other=0.0).to(ACC)
@@ -104,13 +104,10 @@ def _launch(
     dtype, device = tensors[0].dtype, tensors[0].device
     acc = accumulator(dtype)
     factors = factors.to(acc).contiguous()
-    # A table of shifts in their own type: an argument would reach the kernel as float32.
-    kinds = list(dict.fromkeys(shifts))
-    constants = torch.tensor(kinds, dtype=acc).to(device, non_blocking=True)
     described = []
     for tensor, j, kind, shift in zip(tensors, joint, which, shifts, strict=True):
-        place = factors[kind, j * heads].data_ptr(), constants[kinds.index(shift)].data_ptr()
-        described.append(describe(tensor, *place))
+        (bits,) = struct.unpack("<q", struct.pack("<d", shift))
+        described.append(describe(tensor, factors[kind, j * heads].data_ptr(), bits))
     entries, warps = TUNED[dtype.itemsize]
     blocks = [streaming_steps(row, entries) for row in described]
     tiles = min(max(sum(rows * steps for rows, steps in blocks) // PROGRAMS, FEWEST_TILES), MOST_TILES)

@@ -66,7 +66,8 @@ def grad_norm_objective(
     g = g.to(acc).contiguous()
     # inv_ex leaves its error code on the device; inv reads it back.
     inverse, failed = torch.linalg.inv_ex(g)
-    g_inverse_t = inverse.mT.contiguous()
+    # Without a plus side the inverse meets zeros only, and NaN · 0 would be NaN.
+    g_inverse_t = inverse.mT.contiguous() if plus else g
     nothing = (plus + minus)[0].new_empty((heads, h, 0))
     runs = [
         side[j * len(side) // joints : (j + 1) * len(side) // joints] for side in (plus, minus) for j in range(joints)

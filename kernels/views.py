@@ -11,8 +11,8 @@ contiguous columns, weights that read it have contiguous rows, and only one of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 import triton
