@@ -79,7 +79,7 @@ def diagonal_action_(
     """A[head, row, …] ← (A + shifts[i]) · factors[which[i], head, row] − shifts[i] in place; see `ops.diagonal_action`.
 
     tensors: joint-major list of (heads, h, …) views, any strides, float32, float64, float16 or bfloat16.
-    factors: (kinds, joints·heads, h). Views of the same memory move in the list's order: each starts a launch of its own.
+    factors: (kinds, joints·heads, h). Views of the same memory move in the list's order, in launches of their own.
     Errors: ValueError if a view does not fit the factors. Source: math.md sections 2 to 4.
     """
     rows = factors.shape[1] // joints

@@ -51,7 +51,7 @@ def objective_kernel(grams_of, g, g_inverse_t, J, heads, h, ACC: tl.constexpr, H
 def grad_norm_objective(
     G_plus: Tensor | Sequence[Tensor], G_minus: Tensor | Sequence[Tensor], g: Tensor, joints: int = 1
 ) -> Tensor:
-    """J = tr(P⁻¹S₊) + tr(P S₋), P = gᵀg, of candidates g (candidates, joints·heads, h, h): J (candidates, joints·heads).
+    """J = tr(P⁻¹S₊) + tr(P S₋), P = gᵀg, of candidates g (n, joints·heads, h, h): J (n, joints·heads).
 
     G_plus, G_minus: joint-major lists of views (heads, h, …), any strides; a missing side counts as zero, a singular g
     as inf. Float32, float64 for float64 gradients. Errors: ValueError if g does not fit. See `ops.grad_norm_objective`.

@@ -1,4 +1,4 @@
-"""matrix_exp, matrix_exp_pair: exp(M), or exp(M) and exp(−M), of a batch of small matrices in one launch, without a host synchronisation.
+"""matrix_exp, matrix_exp_pair: exp(M), or exp(±M), of a batch of small matrices in one launch that the host need not await.
 
 Computes cosh and sinh of M/2ˢ from their Taylor series (to degree 15, in float64 to 23), which both signs share:
 exp(±M) = (cosh ± sinh)^(2ˢ), s squarings for each sign. The series are in M², so s follows from ‖M²‖₁ ≤ 4·4ˢ, which
@@ -57,7 +57,8 @@ def _multiply(a, b, scratch, H: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def _exp_of_one(M, plus, minus, scratch, index, h, batch_stride, row_stride, column_stride, ACC: tl.constexpr,
-                H: tl.constexpr, BLOCKS: tl.constexpr, FACTORIAL: tl.constexpr, WHOLE: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
+                H: tl.constexpr, BLOCKS: tl.constexpr, FACTORIAL: tl.constexpr, WHOLE: tl.constexpr,
+                BOTH: tl.constexpr):  # fmt: skip
     i, j = tl.arange(0, H)[:, None], tl.arange(0, H)[None, :]
     inside = (i < h) & (j < h)
     pointers = M + index * batch_stride + i.to(tl.int64) * row_stride + j.to(tl.int64) * column_stride
@@ -104,7 +105,8 @@ def _exp_of_one(M, plus, minus, scratch, index, h, batch_stride, row_stride, col
 
 @triton.jit
 def exp_kernel(M, plus, minus, scratch, batch, h, batch_stride, row_stride, column_stride, ACC: tl.constexpr,
-               H: tl.constexpr, BLOCKS: tl.constexpr, FACTORIAL: tl.constexpr, WHOLE: tl.constexpr, BOTH: tl.constexpr):  # fmt: skip
+               H: tl.constexpr, BLOCKS: tl.constexpr, FACTORIAL: tl.constexpr, WHOLE: tl.constexpr,
+               BOTH: tl.constexpr):  # fmt: skip
     scratch += tl.program_id(0).to(tl.int64) * 2 * H * H
     index = tl.program_id(0).to(tl.int64)
     while index < batch:

@@ -20,7 +20,8 @@ def of_norm(matrices: Tensor, norms: Tensor) -> Tensor:
 
 
 def draw(h: int, kind: str, norms: list[float] = NORMS) -> Tensor:
-    """One float64 matrix per norm."""
+    """Float64 matrices, several per norm where they are small: the worst of them is compared, not each one's luck."""
+    norms = norms * (4 if h < 40 else 1)
     M = torch.randn(len(norms), h, h, dtype=torch.float64)
     if kind != "general":
         M = M + M.mT
@@ -49,25 +50,24 @@ def error_of(result: Tensor, truth: np.ndarray) -> np.ndarray:
     return np.sqrt((difference**2).sum((-1, -2)) / (truth**2).sum((-1, -2))).astype(float)
 
 
-def assert_as_accurate_as_torch(M: Tensor, truth_plus: np.ndarray, truth_minus: np.ndarray | None = None) -> None:
-    plus = matrix_exp(M)
+def assert_as_accurate_as_torch(M: Tensor, truth_plus: np.ndarray, truth_minus: np.ndarray) -> None:
+    plus, pair = matrix_exp(M), matrix_exp_pair(M)
     assert plus.dtype == M.dtype and plus.shape == M.shape and plus.is_contiguous()
-    allowed = error_of(torch.linalg.matrix_exp(M), truth_plus)
-    # Four roundings are granted where torch happens to be exact.
-    floor = 4 * torch.finfo(M.dtype).eps
-    assert (error_of(plus, truth_plus) <= 2 * allowed + floor).all()
-    if truth_minus is not None:
-        both = matrix_exp_pair(M)
-        assert (error_of(both[0], truth_plus) <= 2 * allowed + floor).all()
-        assert (error_of(both[1], truth_minus) <= 2 * error_of(torch.linalg.matrix_exp(-M), truth_minus) + floor).all()
+    # Granted where torch happens to be exact: two roundings of the result, and of M, which move exp(M) by up to ‖M‖ of them.
+    norms = M.double().abs().sum(-2).amax(-1).clamp(min=1).numpy()
+    floor = 2 * torch.finfo(M.dtype).eps * norms
+    for ours, argument, truth in ((plus, M, truth_plus), (pair[0], M, truth_plus), (pair[1], -M, truth_minus)):
+        error, allowed = error_of(ours, truth), 2 * error_of(torch.linalg.matrix_exp(argument), truth) + floor
+        worst = [np.reshape(e, (-1, len(NORMS)) if len(e) % len(NORMS) == 0 else (1, -1)).max(0) for e in (error, allowed)]
+        assert (worst[0] <= worst[1]).all()
 
 
 @pytest.mark.parametrize("kind", ["general", "symmetric", "negative"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES[1:])
 def test_float32_error_is_at_most_twice_torchs_own_at_every_norm(way, size, kind, nan_filled_memory):
     M = draw(size, kind).float()
     truths = (torch.linalg.matrix_exp(sign * M.double()).numpy().astype(np.longdouble) for sign in (1, -1))
-    assert_as_accurate_as_torch(M, *truths) if size else matrix_exp(M)
+    assert_as_accurate_as_torch(M, *truths)
 
 
 @pytest.mark.parametrize("kind", ["general", "symmetric", "negative"])
@@ -108,11 +108,12 @@ def test_every_matrix_has_its_own_degree(way):
     assert torch.equal(matrix_exp(torch.cat((small, large)))[:1], matrix_exp(small)) or way == "reference"
 
 
-def test_any_batch_shape_and_strides(way):
-    M = torch.randn(4, 3, 2, 5, 5).transpose(0, 2)[..., ::1]
-    torch.testing.assert_close(matrix_exp(M), torch.linalg.matrix_exp(M))
+def test_any_batch_shape_and_strides_and_nothing_at_all(way):
+    M = torch.randn(4, 3, 2, 5, 10).transpose(0, 2)[..., ::2]
+    torch.testing.assert_close(matrix_exp(M), torch.linalg.matrix_exp(M.contiguous()))
     torch.testing.assert_close(matrix_exp(M.mT), torch.linalg.matrix_exp(M.mT.contiguous()))
-    assert matrix_exp(torch.zeros(0, 3, 3)).shape == (0, 3, 3)
+    for shape in ((0, 3, 3), (2, 0, 0), (0, 0)):
+        assert [t.shape for t in (matrix_exp(torch.zeros(shape)), *matrix_exp_pair(torch.zeros(shape)))] == [shape] * 3
     assert torch.equal(matrix_exp(torch.zeros(3, 3)), torch.eye(3))
 
 
