@@ -74,7 +74,8 @@ def grad_norm_objective(
     ]
     signed = [[(tensor, 1) for tensor in run or [nothing]] for run in runs]
     if h > max(TUNED[acc.itemsize]):
-        wide = [sum(t.flatten(2).to(acc) @ t.flatten(2).to(acc).mT for t, _ in run) for run in signed]
+        rows = [[t.flatten(2).to(acc) for t, _ in run] for run in signed]
+        wide = [torch.stack([G @ G.mT for G in run]).sum(0) for run in rows]
         S_plus, S_minus = torch.cat(wide[:joints]), torch.cat(wide[joints:])
         J = ((g_inverse_t @ S_plus) * g_inverse_t + (g @ S_minus) * g).sum((-2, -1))
     else:

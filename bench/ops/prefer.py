@@ -1,9 +1,10 @@
 """Measures which backend computes each op fastest, and writes teleport_fast/ops/preferences.json.
 
-python bench/ops/prefer.py [--write] [--ops OP ...] [--backends cpp ...] [--rounds 15]
+python bench/ops/prefer.py [--write] [--ops OP ...] [--backends cpp ...] [--rounds 15] [--threads N]
 
 An op takes part through its bench_OP.py: OP, SIZES and cases(size, dtype) -> (label, call) pairs. A backend is
 preferred at a size where no case is more than 3% slower than the reference (medians of interleaved rounds).
+One thread is timed by its CPU time, which other processes disturb less than the clock on the wall.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ def benches(wanted: list[str]) -> Iterator[ModuleType]:
 def median_seconds(call: Callable[[], object], names: list[str], rounds: int) -> dict[str, float]:
     """Medians by backend; the rounds interleave, so that what disturbs the machine disturbs all."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     for number in range(rounds + 2):
         for name in names:
             with chooser.set_backend(name):
-                start = time.perf_counter()
+                start = clock()
                 call()
                 # The first two rounds warm up.
                 if number > 1:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -86,7 +88,9 @@ def main() -> None:
     parser.add_argument("--ops", nargs="*", default=[], help="these only; the others keep their rows")
     parser.add_argument("--backends", nargs="*", default=["cpp"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     for name in options.backends:
         if chooser.availability(name) is not True:
             sys.exit(f"backend {name!r} is not available: {chooser.availability(name)}")
