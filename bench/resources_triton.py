@@ -1,6 +1,6 @@
 """Compiles every Triton kernel at every shipped configuration without a GPU; tables registers, spills, shared memory.
 
-    python bench/resources_triton.py [--only TEXT] [--targets sm_80,gfx942] [--out bench/resources_triton.md]
+    python bench/resources_triton.py [--only TEXT] [--targets sm_80,gfx942] [--jobs 2] [--out FILE]
 
 Exits with 1 and one line per failure where a configuration does not compile, spills, or needs more shared memory than
 its target has. Run it without TRITON_INTERPRET: interpreted functions cannot be compiled.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,10 +98,19 @@ def _spilled(ptx: str, arch: int) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
 
 
+def measure(label: str, target: str) -> Resources | str:
+    """What the configuration of this label takes, or why it does not compile."""
+    try:
+        return build(next(c for c in shipped() if c.label == label), target)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="text of a label, or several split by |")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated: " + ", ".join(TARGETS))
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default: 2)")
     parser.add_argument("--out", type=Path, help="file for the table (default: print it)")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -108,25 +119,25 @@ def main(arguments: list[str] | None = None) -> int:
 
     targets = options.targets.split(",")
     rows, failures, start = [], [], time.perf_counter()
-    patterns = options.only.split("|")
-    for configuration in shipped():
-        if not any(pattern in configuration.label for pattern in patterns):
-            continue
-        cells = []
-        for target in targets:
-            try:
-                found = build(configuration, target)
-            except Exception as error:
-                failures.append(f"{configuration.label} on {target}: {type(error).__name__}: {str(error)[:300]}")
-                cells.append("fails")
-                continue
-            cells.append(f"{found.registers} / {found.spills} / {found.shared / 1024:.1f}")
-            if found.spills:
-                failures.append(f"{configuration.label} on {target}: {found.spills} bytes spilled")
-            if found.shared > TARGETS[target][3] * 1024:
-                failures.append(f"{configuration.label} on {target}: {found.shared} bytes of shared memory")
-        rows.append(f"| {configuration.label} | {configuration.num_warps} | " + " | ".join(cells) + " |")
-        print(rows[-1], file=sys.stderr, flush=True)
+    wanted = [c for c in shipped() if any(pattern in c.label for pattern in options.only.split("|"))]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, spawn, sys.path.insert, (0, str(ROOT))) as pool:
+        results = pool.map(measure, [c.label for c in wanted for _ in targets], targets * len(wanted))
+        for configuration in wanted:
+            cells = []
+            for target in targets:
+                found = next(results)
+                if isinstance(found, str):
+                    failures.append(f"{configuration.label} on {target}: {found}")
+                    cells.append("fails")
+                    continue
+                cells.append(f"{found.registers} / {found.spills} / {found.shared / 1024:.1f}")
+                if found.spills:
+                    failures.append(f"{configuration.label} on {target}: {found.spills} bytes spilled")
+                if found.shared > TARGETS[target][3] * 1024:
+                    failures.append(f"{configuration.label} on {target}: {found.shared} bytes of shared memory")
+            rows.append(f"| {configuration.label} | {configuration.num_warps} | " + " | ".join(cells) + " |")
+            print(rows[-1], file=sys.stderr, flush=True)
     head = [
         f"| kernel, configuration | warps | {' | '.join(targets)} |",
         "| --- | --- | " + " | ".join("---" for _ in targets) + " |",

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from teleport_fast.ops.matrix_exp import matrix_exp_pair
 from teleport_fast.symmetry.bucket import Element
 from teleport_fast.symmetry.groups import DenseGroup, Group
 
@@ -19,10 +20,10 @@ from teleport_fast.symmetry.groups import DenseGroup, Group
 def exponential(algebra: Tensor) -> Element:
     """The element exp(M) with its inverse transpose exp(−Mᵀ), for M (heads, h, h).
 
-    Norms up to a few units, as a radius gives: both factors come from one batched call.
+    Both factors come from one call that shares the powers of M.
     """
-    both = torch.linalg.matrix_exp(torch.stack((algebra, -algebra.mT)))
-    return Element("dense", both[0], both[1])
+    g, inverse = matrix_exp_pair(algebra)
+    return Element("dense", g, inverse.mT)
 
 
 def lie_step(group: Group, lie_gradient: Tensor, radius: float, sign: float = 1.0) -> Tensor:

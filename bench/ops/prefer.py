@@ -100,15 +100,26 @@ def main() -> None:
             rows = rows_for(module, dtype, options.backends, options.rounds)
             table["ops"].setdefault(module.OP, {})[f"cpu/{str(dtype).removeprefix('torch.')}"] = rows
         # Calls of mixed dtypes: where the slowest dtype still wins.
-        table["ops"][module.OP]["cpu"] = least(list(table["ops"][module.OP].values()))
+        tables = table["ops"][module.OP]
+        tables["cpu"] = least([rows for key, rows in tables.items() if key.startswith("cpu/")])
     table["command"] = "python bench/ops/prefer.py --write"
     isa = torch.ops.teleport_fast_cpp.isa() if chooser.availability("cpp") is True else "no extension"
     table["machine"] = f"{cpu_name()}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"
-    text = json.dumps(table, indent=1)
+    text = as_text(table)
     if options.write:
         TABLE.write_text(text + "\n")
     else:
         print(text)
+
+
+def as_text(table: dict[str, Any]) -> str:
+    """JSON with one line per row list, so that a change reads well."""
+    ops = []
+    for op, tables in sorted(table["ops"].items()):
+        lines = [f"      {json.dumps(key)}: {json.dumps(rows)}" for key, rows in sorted(tables.items())]
+        ops.append(f"    {json.dumps(op)}: {{\n" + ",\n".join(lines) + "\n    }")
+    head = "".join(f"  {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("command", "machine"))
+    return "{\n" + head + '  "ops": {\n' + ",\n".join(ops) + "\n  }\n}"
 
 
 def least(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -36,25 +36,20 @@ struct Numbers {
         scale(T(item.step.scale)) {}
 };
 
-template <class T>
+template <class T, bool Shifted>
 INLINE void step(Vec<T>& p, Vec<T> g, Vec<T>& m, Vec<T>& v, Vec<T> parameter_factor, Vec<T> gradient_factor, const Numbers<T>& n) {
-  p *= parameter_factor;
-  // (p + c) f - c as p f + c (f - 1); without a shift the sum would turn -0 into 0, which the step does anyway.
-  if (n.shift != 0) p += (parameter_factor - T(1)) * n.shift;
+  // (p + c) f - c as p f + c (f - 1): small p are not lost in the sum.
+  if constexpr (Shifted) p = fma<T>(p, parameter_factor, (parameter_factor - T(1)) * n.shift) * n.keep;
+  else p *= parameter_factor * n.keep;
   g *= gradient_factor;
-  m *= gradient_factor;
-  v *= gradient_factor * gradient_factor;
-  p *= splat(n.keep);
-  // The form that is exact at both ends; small weights are added to m, large ones taken from g.
-  if (n.one_minus_beta1 < T(0.5)) m = fma<T>(splat(n.one_minus_beta1), g - m, m);
-  else m = g - (g - m) * n.beta1;
-  v = fma<T>(splat(n.one_minus_beta2) * g, g, v * n.beta2);
-  p -= n.rate * m / (square_root<T>(v) * n.scale + n.eps);
+  m = fma<T>(splat(n.one_minus_beta1), g, m * (gradient_factor * n.beta1));
+  v = fma<T>(splat(n.one_minus_beta2) * g, g, v * (gradient_factor * gradient_factor * n.beta2));
+  p -= n.rate * m / fma<T>(square_root<T>(v), splat(n.scale), splat(n.eps));
 }
 
 // Fewer than a whole vector, or no contiguous ones: through a vector whose other lanes are idle.
-template <class S, class T>
-INLINE void step_few(S* const (&x)[4], const Axis<4>& axis, int64_t i, const T* parameter_factors, const T* gradient_factors, const Numbers<T>& n) {
+template <class S, class T, bool Shifted>
+NOINLINE void step_few(S* const (&x)[4], const Axis<4>& axis, int64_t i, const T* parameter_factors, const T* gradient_factors, const Numbers<T>& n) {
   constexpr int lanes = kLanes<T>;
   for (int count; i < axis.size; i += count) {
     count = int(axis.size - i < lanes ? axis.size - i : lanes);
@@ -65,7 +60,7 @@ INLINE void step_few(S* const (&x)[4], const Axis<4>& axis, int64_t i, const T* 
       factors[1][l] = gradient_factors[(i + l) * axis.row_step];
     }
     Vec<T> p = load(entries[0]), m = load(entries[2]), v = load(entries[3]);
-    step<T>(p, load(entries[1]), m, v, load(factors[0]), load(factors[1]), n);
+    step<T, Shifted>(p, load(entries[1]), m, v, load(factors[0]), load(factors[1]), n);
     store(p, entries[0]);
     store(m, entries[2]);
     store(v, entries[3]);
@@ -75,31 +70,38 @@ INLINE void step_few(S* const (&x)[4], const Axis<4>& axis, int64_t i, const T* 
   }
 }
 
-template <class S, class T>
-INLINE void step_run(S* const (&x)[4], const Axis<4>& axis, const T* parameter_factors, const T* gradient_factors, const Numbers<T>& n) {
+// Whole vectors of contiguous entries: of one row (Lanes false), or one of each row. Answers how many entries it took.
+template <class S, class T, bool Shifted, bool Lanes>
+INLINE int64_t step_vectors(S* const (&x)[4], int64_t count, const T* parameter_factors, const T* gradient_factors, const Numbers<T>& n) {
   constexpr int lanes = kLanes<T>;
-  const bool contiguous = axis.steps[0] == 1 && axis.steps[1] == 1 && axis.steps[2] == 1 && axis.steps[3] == 1;
-  S *parameter = x[0], *moment = x[2], *second = x[3];
-  const S *from = parameter, *gradient = x[1], *moment_from = moment, *second_from = second;
+  S *parameter = x[0], *first = x[2], *second = x[3];
+  const S *p_from = parameter, *g_from = x[1], *m_from = first, *v_from = second;  // where load() knows the storage
+  Vec<T> parameter_factor = splat(*parameter_factors), gradient_factor = splat(*gradient_factors);
   int64_t i = 0;
-  if (contiguous && axis.row_step <= 1) {
-    Vec<T> parameter_factor = splat(*parameter_factors), gradient_factor = splat(*gradient_factors);
-    for (; i + lanes <= axis.size; i += lanes) {
-      if (axis.row_step) {
-        parameter_factor = load(parameter_factors + i);
-        gradient_factor = load(gradient_factors + i);
-      }
-      Vec<T> p = load(from + i), m = load(moment_from + i), v = load(second_from + i);
-      step<T>(p, load(gradient + i), m, v, parameter_factor, gradient_factor, n);
-      store(p, parameter + i);
-      store(m, moment + i);
-      store(v, second + i);
+  for (; i + lanes <= count; i += lanes) {
+    if constexpr (Lanes) {
+      parameter_factor = load(parameter_factors + i);
+      gradient_factor = load(gradient_factors + i);
     }
+    Vec<T> p = load(p_from + i), m = load(m_from + i), v = load(v_from + i);
+    step<T, Shifted>(p, load(g_from + i), m, v, parameter_factor, gradient_factor, n);
+    store(p, parameter + i);
+    store(m, first + i);
+    store(v, second + i);
   }
-  step_few<S, T>(x, axis, i, parameter_factors, gradient_factors, n);
+  return i;
 }
 
-template <class S, class T>
+template <class S, class T, bool Shifted>
+INLINE void step_run(S* const (&x)[4], const Axis<4>& axis, const T* parameter_factors, const T* gradient_factors, const Numbers<T>& n) {
+  const bool contiguous = axis.steps[0] == 1 && axis.steps[1] == 1 && axis.steps[2] == 1 && axis.steps[3] == 1;
+  int64_t i = 0;
+  if (contiguous && axis.row_step == 0) i = step_vectors<S, T, Shifted, false>(x, axis.size, parameter_factors, gradient_factors, n);
+  else if (contiguous && axis.row_step == 1) i = step_vectors<S, T, Shifted, true>(x, axis.size, parameter_factors, gradient_factors, n);
+  if (i < axis.size) step_few<S, T, Shifted>(x, axis, i, parameter_factors, gradient_factors, n);
+}
+
+template <class S, class T, bool Shifted>
 void step_block(const AdamwItem& item) {
   const Block<4>& block = item.block;
   const Axis<4>* axes = block.axes;
@@ -111,20 +113,26 @@ void step_block(const AdamwItem& item) {
         S* x[4];
         for (int t = 0; t < 4; ++t)
           x[t] = static_cast<S*>(block.data[t]) + i * axes[0].steps[t] + j * axes[1].steps[t] + k * axes[2].steps[t];
-        step_run<S, T>(
+        step_run<S, T, Shifted>(
             x, axes[3], static_cast<const T*>(item.parameter_factors) + row, static_cast<const T*>(item.gradient_factors) + row,
             numbers);
       }
+}
+
+template <class S, class T>
+void step_item(const AdamwItem& item) {
+  if (item.shift != 0) step_block<S, T, true>(item);
+  else step_block<S, T, false>(item);
 }
 
 }  // namespace
 
 void adamw_item(const AdamwItem& item) {
   switch (item.storage) {
-    case Storage::Float64: return step_block<double, double>(item);
-    case Storage::BFloat16: return step_block<BFloat16, float>(item);
-    case Storage::Half: return step_block<Half, float>(item);
-    default: return step_block<float, float>(item);
+    case Storage::Float64: return step_item<double, double>(item);
+    case Storage::BFloat16: return step_item<BFloat16, float>(item);
+    case Storage::Half: return step_item<Half, float>(item);
+    default: return step_item<float, float>(item);
   }
 }
 

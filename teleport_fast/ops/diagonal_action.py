@@ -24,8 +24,8 @@ def diagonal_action_(
     tensors: a view or a joint-major list of strided views, each (heads, h, n) or (heads, h, outer, inner), float32,
     float64, bfloat16 or float16. s: (joints·heads, h), floating. exponents e and shifts c: one per tensor of the list, or
     one per tensor of a joint's run. Parameters have e = ±1 (plus, minus), gradients and first moments ∓1, second moments
-    ∓2, all times the view's power; c is 1 for gains stored as 1 + w. The factor is computed in the dtype of s, rounded to
-    float32 (float64 for float64), and the product is rounded once. Views of the same memory move in the list's order.
+    ∓2, all times the view's power; c is 1 for gains stored as 1 + w. The factor is rounded to float32 (float64
+    for float64), and the product is rounded once. Views of the same memory move in the list's order.
     Errors: TypeError and ValueError naming both shapes; ValueError for a view whose own entries overlap; RuntimeError if
     gradients are being recorded for a tensor. Source: math.md sections 2 to 4.
 
@@ -72,7 +72,7 @@ _OP = Op("diagonal_action_", reference_)
 def powers_of(s: Tensor, exponents: Sequence[float], dtype: torch.dtype) -> tuple[Tensor, list[int]]:
     """(s^e for each distinct exponent (kinds, …) in `dtype`, the kind of each exponent): few powers serve many tensors."""
     kinds = list(dict.fromkeys(exponents))
-    s = s.detach()
+    s = s.detach().to(torch.promote_types(s.dtype, dtype))
     factors = torch.stack([s if e == 1.0 else s.reciprocal() if e == -1.0 else s.pow(e) for e in kinds])
     return factors.to(dtype), [kinds.index(e) for e in exponents]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 def check_runs(op: str, tensors: Sequence[Tensor], joints: int, name: str = "tensors") -> None:
     """At least one tensor, in `joints` equal runs.
 
-    Errors: ValueError. >>> check_runs("op", [torch.ones(1, 2, 3)] * 4, 2)
+    Errors: ValueError.
+
+    >>> check_runs("op", [torch.ones(1, 2, 3)] * 4, 2)
     """
     if not tensors or joints < 1 or len(tensors) % joints:
         raise ValueError(
@@ -52,7 +55,7 @@ def per_tensor(op: str, name: str, values: Sequence[float] | None, tensors: int,
 def check_in_place(op: str, tensors: Sequence[Tensor]) -> None:
     """Views whose entries are distinct, for which no gradients are being recorded. Errors: ValueError, RuntimeError."""
     for tensor in tensors:
-        if not tensor.is_contiguous() and overlaps_itself(tensor):
+        if not tensor.is_contiguous() and overlaps_itself(tensor.shape, tensor.stride()):
             raise ValueError(
                 f"{op}: entries of a view of shape {tuple(tensor.shape)} and strides {tensor.stride()} share memory; "
                 f"pass a view whose entries are distinct"
@@ -61,10 +64,15 @@ def check_in_place(op: str, tensors: Sequence[Tensor]) -> None:
         raise RuntimeError(f"{op}: a tensor requires grad; call under torch.no_grad()")
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    """False only if every entry is distinct for certain: each stride clears what the smaller ones reach."""
+@lru_cache(maxsize=4096)
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """False only if every entry is distinct for certain: each stride clears what the smaller ones reach.
+
+    >>> overlaps_itself((3, 4), (1, 3)), overlaps_itself((3, 4), (1, 2))
+    (False, True)
+    """
     reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size == 0:
             return False
         if size > 1:

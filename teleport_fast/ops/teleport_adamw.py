@@ -48,9 +48,9 @@ def teleport_adamw_(
     lists = [as_list(tensors) for tensors in (parameters, gradients, first_moments, second_moments)]
     names = ("parameters", "gradients", "first_moments", "second_moments")
     parameters, gradients, first_moments, second_moments = lists
-    for tensors, name in zip(lists, names, strict=True):
-        check_runs("teleport_adamw_", tensors, joints, name)
-        first = check_views("teleport_adamw_", parameters, tensors, ("parameters", name), joints)
+    check_runs("teleport_adamw_", parameters, joints, "parameters")
+    first = check_views("teleport_adamw_", parameters, [], ("parameters", "parameters"), joints)
+    for tensors, name in zip(lists[1:], names[1:], strict=True):
         _check_alike(parameters, tensors, name)
     check_rows("teleport_adamw_", "s", s, first, joints)
     powers = per_tensor("teleport_adamw_", "exponents", exponents, len(parameters), joints)
@@ -78,10 +78,10 @@ def _check_alike(parameters: Sequence[Tensor], tensors: Sequence[Tensor], name: 
             f"teleport_adamw_: parameters and {name} must be of one length, got {len(parameters)} and {len(tensors)}"
         )
     for index, (p, tensor) in enumerate(zip(parameters, tensors, strict=True)):
-        if p.shape != tensor.shape or p.dtype != tensor.dtype:
+        if p.shape != tensor.shape or p.dtype != tensor.dtype or p.device != tensor.device:
             raise ValueError(
-                f"teleport_adamw_: parameters[{index}] is {tuple(p.shape)} {p.dtype} and {name}[{index}] "
-                f"{tuple(tensor.shape)} {tensor.dtype}; pass views of one shape and dtype"
+                f"teleport_adamw_: parameters[{index}] is {tuple(p.shape)} {p.dtype} on {p.device} and {name}[{index}] "
+                f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; pass views of one shape, dtype and device"
             )
 
 

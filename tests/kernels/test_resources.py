@@ -16,7 +16,7 @@ TABLE = ROOT / "bench/resources_triton.md"
 TIGHTEST = (
     "square_sums fp16|square_sums reduce fp32|diagonal_action_ bf16|gram fp32 h≤128|gram bf16 h≤64|gram total fp32|"
     "group_action_ bf16 h≤128|group_action_ fp32 h≤128|covariance_ update fp32|grad_norm_objective fp32 h≤64|"
-    "matrix_exp fp32 h≤64"
+    "matrix_exp fp32 h≤64|teleport_adamw_ fp32"
 )
 
 
@@ -44,8 +44,10 @@ def test_interpreting_and_compiling_at_once_is_refused():
     assert "unset it" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["square_sums", "diagonal_action", "gram", "group_action", "covariance",
-                                  "grad_norm_objective", "matrix_exp"])  # fmt: skip
+KERNELS = ["square_sums", "diagonal_action", "gram", "group_action", "covariance", "grad_norm_objective", "matrix_exp"]
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "teleport_adamw"])
 def test_the_table_lists_every_shipped_configuration_and_no_spill(name):
     module = __import__(f"teleport_fast.kernels.{name}", fromlist=["shipped"])
     rows = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("|")]

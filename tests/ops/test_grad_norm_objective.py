@@ -46,9 +46,10 @@ def assert_as_accurate_as_torch(plus: Tensor, minus: Tensor, g: Tensor, exact) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_error_is_at_most_twice_torchs_own_at_every_width(way, size, dtype, layout, exact, nan_filled_memory):
+def test_error_is_at_most_twice_torchs_own_at_every_width(way, size, dtype, exact, nan_filled_memory):
     g = elements(2, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_as_accurate_as_torch(*(layout(torch.randn(2, size, n).to(dtype)) for n in (9, 30)), g, exact)
+    plus, minus = torch.randn(2, size, 9).to(dtype), torch.randn(30, 2, size).to(dtype).permute(1, 2, 0)
+    assert_as_accurate_as_torch(plus, minus, g, exact)
 
 
 @pytest.mark.parametrize("size", SIZES)

