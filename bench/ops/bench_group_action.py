@@ -15,7 +15,7 @@ from teleport_fast.ops import group_action_
 from teleport_fast.ops.backend import availability, set_backend
 
 OP = "group_action_"
-SIZES = (4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Attention of (heads, d_head, d_model), the last one the residual stream of a small model.
 SHAPES = [
     (12, 16, 768),
@@ -43,7 +43,7 @@ def rotation(heads: int, h: int) -> Tensor:
 def cases(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that decide which backend is fastest at width `size`, with about the same work each."""
     n = 2048
-    heads = max(1, (1 << 24) // (size * size * n))
+    heads = max(1, min(256, (1 << 24) // (size * size * n)))
     plus, minus = joint(heads, size, n, dtype)
     g = rotation(heads, size).to(torch.float64 if dtype == torch.float64 else torch.float32)
     writers, readers = [plus[0], *minus[1:]], [minus[0], *plus[1:]]

@@ -102,7 +102,7 @@ def main() -> None:
         # Calls of mixed dtypes: where the slowest dtype still wins.
         tables = table["ops"][module.OP]
         tables["cpu"] = least([rows for key, rows in tables.items() if key.startswith("cpu/")])
-    table["command"] = "python bench/ops/prefer.py --write"
+    table["command"] = " ".join(["python bench/ops/prefer.py", *sys.argv[1:]])
     isa = torch.ops.teleport_fast_cpp.isa() if chooser.availability("cpp") is True else "no extension"
     table["machine"] = f"{cpu_name()}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"
     text = as_text(table)
