@@ -94,14 +94,16 @@ def main() -> None:
     for name in options.backends:
         if chooser.availability(name) is not True:
             sys.exit(f"backend {name!r} is not available: {chooser.availability(name)}")
-    table = json.loads(TABLE.read_text())
+    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for module in benches(options.ops):
-        for dtype in DTYPES:
-            rows = rows_for(module, dtype, options.backends, options.rounds)
-            table["ops"].setdefault(module.OP, {})[f"cpu/{str(dtype).removeprefix('torch.')}"] = rows
+        tables = {
+            f"cpu/{str(dtype).removeprefix('torch.')}": rows_for(module, dtype, options.backends, options.rounds)
+            for dtype in DTYPES
+        }
         # Calls of mixed dtypes: where the slowest dtype still wins.
-        tables = table["ops"][module.OP]
-        tables["cpu"] = least([rows for key, rows in tables.items() if key.startswith("cpu/")])
+        measured[module.OP] = {"cpu": least(list(tables.values())), **tables}
+    table = json.loads(TABLE.read_text())
+    table["ops"].update(measured)
     table["command"] = " ".join(["python bench/ops/prefer.py", *sys.argv[1:]])
     isa = torch.ops.teleport_fast_cpp.isa() if chooser.availability("cpp") is True else "no extension"
     table["machine"] = f"{cpu_name()}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"
