@@ -108,7 +108,7 @@ def measure(label: str, target: str) -> Resources | str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="text of a label, or several split by |")
+    parser.add_argument("--only", default="", help="a label, or text that labels contain; several are split by |")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated: " + ", ".join(TARGETS))
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default: 2)")
     parser.add_argument("--out", type=Path, help="file for the table (default: print it)")
@@ -119,7 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     targets = options.targets.split(",")
     rows, failures, start = [], [], time.perf_counter()
-    wanted = [c for c in shipped() if any(pattern in c.label for pattern in options.only.split("|"))]
+    patterns, known = options.only.split("|"), shipped()
+    labels = {c.label for c in known}
+    wanted = [c for c in known if any(p == c.label if p in labels else p in c.label for p in patterns)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, spawn, sys.path.insert, (0, str(ROOT))) as pool:
         results = pool.map(measure, [c.label for c in wanted for _ in targets], targets * len(wanted))

@@ -1,7 +1,7 @@
 """diagonal_action_: rows of many strided views multiplied by their factors, in place, one launch for a whole model.
 
 Computes A[head, row, …] ← (A[head, row, …] + c) · factor[head, row] − c for every view, rounded once, to the view's
-type. Moves every entry once in and once out; table and factors add 0.5% (1.2% where rows are contiguous).
+type. Moves every entry once in and once out; table and factors add 0.5% at most.
 Launch: one program per (view, head, block of rows, run of column tiles), one grid for all views of one storage type.
 Loses to torch where one small tensor is all there is: building and moving the table costs more than one multiplication.
 """

@@ -5,8 +5,9 @@ exp(±M) = (cosh ± sinh)^(2ˢ), s squarings for each sign. The series are in M�
 squares less often than ‖M‖₁ would: 0.2 to 1 times torch's error in float32 against up to 4 times. Moves M in and both
 results out. With M² and M⁴ at hand the series take 2·3 + 1 products (2·5 + 1 in float64).
 Launch: one program per matrix (512 at once where products need scratch), s found by the program itself; h ≤ 64 (16 in
-float64), wider goes to torch, which synchronises but works on the whole GPU. A single matrix of h = 64 occupies one
-multiprocessor and may lose to torch: unmeasured.
+float64), wider goes to torch, which synchronises but works on the whole GPU. At h = 64 products go through
+scratch, 24 times the traffic, which is meant to stay in cache. A single matrix of h = 64 occupies one multiprocessor
+and may lose to torch: unmeasured.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ def patch_language_once() -> None:
         if names <= patched:
             return _Unchanged()
         scope = original(fn)
+        # Triton 3.6 converts arrays of one entry and one axis, which numpy 2.4 refuses.
+        tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())
         patched.update(names)
         restore = scope.restore
 

@@ -19,7 +19,7 @@ def running(count, h, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "h", "n"), [(2, 1, 8), (1, 7, 65), (2, 64, 63), (1, 65, 128), (1, 129, 7)])
+@pytest.mark.parametrize(("heads", "h", "n"), [(2, 1, 8), (1, 7, 65), (2, 64, 63), (1, 65, 40), (1, 129, 7)])
 def test_adds_each_views_covariance_by_its_own_norm(heads, h, n, dtype, all_kinds, assert_twice_as_close):
     tensors = [p.view for p in all_kinds(heads, h, n, dtype)]
     start = running(2 * heads, h, torch.float64 if dtype == torch.float64 else torch.float32, tensors[0].device)
@@ -68,7 +68,7 @@ def test_only_the_covariances_own_entries_are_written(placed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "h", "n"), [(4, 16, 2048), (2, 64, 4096)])
+@pytest.mark.parametrize(("heads", "h", "n"), [(4, 16, 1024), (1, 64, 4096)])
 def test_reads_gradients_once_in_whole_sectors(heads, h, n, dtype, placed, traffic):
     tensors = [placed("rows", heads, h, n, dtype).view, placed("columns", heads, h, n, dtype).view]
     C = torch.zeros(heads, h, h)

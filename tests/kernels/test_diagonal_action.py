@@ -68,7 +68,7 @@ def test_a_whole_model_is_one_launch(placed, traffic):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("kind", "h", "n"), [("rows", 256, 1024), ("columns", 256, 512), ("convolution", 128, 1150)])
+@pytest.mark.parametrize(("kind", "h", "n"), [("rows", 128, 1024), ("columns", 128, 512), ("convolution", 64, 1150)])
 def test_moves_the_minimum_in_whole_sectors(kind, h, n, dtype, placed, traffic):
     view = placed(kind, 2, h, n, dtype).view
     with traffic() as seen:

@@ -50,7 +50,7 @@ def test_a_nilpotent_matrix_of_a_large_norm_is_exact(device):
     assert torch.equal(matrix_exp(M.to(device)).cpu(), torch.tensor([[[1.0, 1000.0], [0.0, 1.0]]]))
 
 
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_matrix_that_is_not_finite_gives_nan_and_ends(value, device):
     plus, minus = matrix_exp_pair(torch.full((1, 2, 2), value, device=device))
