@@ -94,19 +94,21 @@ def main() -> None:
     for name in options.backends:
         if chooser.availability(name) is not True:
             sys.exit(f"backend {name!r} is not available: {chooser.availability(name)}")
-    measured: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    isa = torch.ops.teleport_fast_cpp.isa() if chooser.availability("cpp") is True else "no extension"
+    by = {
+        "command": " ".join(["python bench/ops/prefer.py", *sys.argv[1:]]),
+        "machine": f"{cpu_name()}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}",
+    }
+    measured: dict[str, dict[str, Any]] = {}
     for module in benches(options.ops):
         tables = {
             f"cpu/{str(dtype).removeprefix('torch.')}": rows_for(module, dtype, options.backends, options.rounds)
             for dtype in DTYPES
         }
         # Calls of mixed dtypes: where the slowest dtype still wins.
-        measured[module.OP] = {"cpu": least(list(tables.values())), **tables}
+        measured[module.OP] = {"measured": by, "cpu": least(list(tables.values())), **tables}
     table = json.loads(TABLE.read_text())
     table["ops"].update(measured)
-    table["command"] = " ".join(["python bench/ops/prefer.py", *sys.argv[1:]])
-    isa = torch.ops.teleport_fast_cpp.isa() if chooser.availability("cpp") is True else "no extension"
-    table["machine"] = f"{cpu_name()}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}"
     text = as_text(table)
     if options.write:
         TABLE.write_text(text + "\n")
@@ -115,21 +117,30 @@ def main() -> None:
 
 
 def as_text(table: dict[str, Any]) -> str:
-    """JSON with one line per row list, so that a change reads well."""
+    """JSON with one line per key of an op, so that a change reads well."""
     ops = []
     for op, tables in sorted(table["ops"].items()):
-        lines = [f"      {json.dumps(key)}: {json.dumps(rows)}" for key, rows in sorted(tables.items())]
+        lines = [f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(tables.items())]
         ops.append(f"    {json.dumps(op)}: {{\n" + ",\n".join(lines) + "\n    }")
-    head = "".join(f"  {json.dumps(key)}: {json.dumps(table[key])},\n" for key in ("command", "machine"))
-    return "{\n" + head + '  "ops": {\n' + ",\n".join(ops) + "\n  }\n}"
+    return '{\n  "ops": {\n' + ",\n".join(ops) + "\n  }\n}"
 
 
 def least(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    limits = [0 if not rows[0]["backends"] else rows[0]["up_to"] for rows in tables]
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    if not limit:
-        return [{"up_to": None, "backends": []}]
-    return [{"up_to": limit, "backends": tables[0][0]["backends"]}, {"up_to": None, "backends": []}]
+    """Rows that hold for every table: at each size the backends that all of them name, in the first one's order."""
+
+    def backends_at(rows: list[dict[str, Any]], size: float) -> list[str]:
+        return next(row["backends"] for row in rows if row["up_to"] is None or size <= row["up_to"])
+
+    limits = sorted({row["up_to"] for rows in tables for row in rows if row["up_to"] is not None})
+    merged: list[dict[str, Any]] = []
+    for limit in (*limits, None):
+        size = float("inf") if limit is None else limit
+        common = [name for name in backends_at(tables[0], size) if all(name in backends_at(t, size) for t in tables)]
+        if merged and merged[-1]["backends"] == common:
+            merged[-1]["up_to"] = limit
+        else:
+            merged.append({"up_to": limit, "backends": common})
+    return merged
 
 
 def cpu_name() -> str:

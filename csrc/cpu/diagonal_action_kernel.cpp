@@ -35,7 +35,7 @@ INLINE void change_run(S* x, const Axis<1>& axis, const T* factors, Change<T, Sh
   for (; i < count; ++i) narrow(change(widen(x[i * step]), factors[i * axis.row_step]), x + i * step);
 }
 
-// Rows of fewer contiguous columns are changed as if their entries were rows.
+// Fewer contiguous columns of a row, or fewer contiguous rows, are changed as if all entries were rows.
 constexpr int64_t kShortRun = 32, kFoldedLanes = 1024;
 
 // Rows of `width` contiguous columns, side by side: a 3 × 3 convolution read along its inputs.
@@ -50,6 +50,16 @@ void change_folded(S* x, const Axis<1>& columns, int64_t rows, int64_t width, co
   }
 }
 
+// Columns of few rows, one after the other: many of them fill the lanes.
+template <class S, class T, bool Shifted>
+void change_narrow(S* x, int64_t columns, int64_t rows, const T* factors, Change<T, Shifted> change) {
+  T spread[kFoldedLanes];
+  const int64_t entries = columns * rows, lanes = kFoldedLanes / rows * rows;
+  for (int64_t i = 0, row = 0; i < lanes && i < entries; ++i, row = row + 1 == rows ? 0 : row + 1) spread[i] = factors[row];
+  for (int64_t i = 0; i < entries; i += lanes)
+    change_run<S, T, Shifted>(x + i, Axis<1>{entries - i < lanes ? entries - i : lanes, 1, {1}}, spread, change);
+}
+
 template <class S, class T, bool Shifted>
 void change_block(const DiagonalItem& item) {
   const Block<1>& block = item.block;
@@ -62,6 +72,14 @@ void change_block(const DiagonalItem& item) {
       change_folded<S, T, Shifted>(
           static_cast<S*>(block.data[0]) + i * axes[0].steps[0], axes[1], axes[2].size, axes[3].size,
           static_cast<const T*>(item.factors) + block.row + i * axes[0].row_step, change);
+    return;
+  }
+  if (axes[3].row_step == 1 && axes[3].size < kShortRun && axes[3].steps[0] == 1 && axes[2].row_step == 0 && axes[2].steps[0] == axes[3].size) {
+    for (int64_t i = 0; i < axes[0].size; ++i)
+      for (int64_t j = 0; j < axes[1].size; ++j)
+        change_narrow<S, T, Shifted>(
+            static_cast<S*>(block.data[0]) + i * axes[0].steps[0] + j * axes[1].steps[0], axes[2].size, axes[3].size,
+            static_cast<const T*>(item.factors) + block.row + i * axes[0].row_step + j * axes[1].row_step, change);
     return;
   }
   for (int64_t i = 0; i < axes[0].size; ++i)

@@ -11,8 +11,8 @@ namespace teleport_fast {
 namespace {
 
 // A lone wide joint is split into parts, enough for any machine; the number must not depend on the threads, or the sums' order would.
-constexpr int64_t kParts = 64;
-constexpr int64_t kLeastPanels = 4;
+// A part is worth it from a million multiply-adds on, some 50 us.
+constexpr int64_t kParts = 64, kLeastPanels = 4, kPartWork = 1'000'000;
 // Partial sums that an item keeps at hand: a quarter of a second-level cache.
 constexpr int64_t kItemBytes = 128 << 10;
 
@@ -50,7 +50,7 @@ Plan plan_panels(const std::vector<Tensor>& plus, const std::vector<Tensor>& min
     int64_t columns = 0;
     for (int64_t i = 0; i < plus_run; ++i) columns += plus_views[i].columns();
     for (int64_t i = 0; i < minus_run; ++i) columns += minus_views[i].columns();
-    const int64_t depth = columns <= kFewColumns ? kShortDepth : kGramDepth;
+    const int64_t depth = gram_depth(columns);
     for (int64_t i = 0; i < plus_run; ++i) plan.add(plus_views[i], -1, joint, depth);
     for (int64_t i = 0; i < minus_run; ++i) plan.add(minus_views[i], 1, joint, depth);
   }
@@ -107,13 +107,23 @@ std::tuple<Tensor, Tensor> gram_difference(std::vector<Tensor> plus, std::vector
   const int64_t groups = (heads + group - 1) / group;
   for (int64_t joint = 0; joint < joints; ++joint) {
     const int64_t panels = plan.first_panel[joint + 1] - plan.first_panel[joint];
-    parts[joint] = std::max<int64_t>(1, std::min(most_parts, panels / kLeastPanels));
+    const int64_t work = panels * kGramDepth * h * h / 2;
+    parts[joint] = std::max<int64_t>(1, std::min({most_parts, panels / kLeastPanels, work / kPartWork}));
     first_partial[joint + 1] = first_partial[joint] + parts[joint] * heads;
     first_item[joint + 1] = first_item[joint] + parts[joint] * groups;
   }
   const Scratch partials = allocate(first_partial[joints] * part_bytes);
   auto partial_at = [&](int64_t joint, int64_t head, int64_t part) {
     return static_cast<char*>(partials.get()) + (first_partial[joint] + head * parts[joint] + part) * part_bytes;
+  };
+
+  const int64_t ld = gram_row_bytes(h, element) / element;
+  void *D_out = D.mutable_data_ptr(), *J_out = J.mutable_data_ptr();
+  auto finish_head = [&](int64_t joint, int64_t head) {
+    const char* partial = partial_at(joint, head, 0);
+    const int64_t index = joint * heads + head;
+    if (is_double) finish(partial, parts[joint], part_bytes, h, ld, static_cast<double*>(D_out) + index * h * h, static_cast<double*>(J_out) + index);
+    else finish(partial, parts[joint], part_bytes, h, ld, static_cast<float*>(D_out) + index * h * h, static_cast<float*>(J_out) + index);
   };
 
   // Item (joint, group of heads, part).
@@ -128,22 +138,19 @@ std::tuple<Tensor, Tensor> gram_difference(std::vector<Tensor> plus, std::vector
       const int64_t head = (item - first_item[joint]) / parts[joint] * group, part = (item - first_item[joint]) % parts[joint];
       const int64_t base = plan.first_panel[joint], panels = plan.first_panel[joint + 1] - base;
       const int64_t from = base + panels * part / parts[joint], to = base + panels * (part + 1) / parts[joint];
+      const int64_t count = std::min(group, heads - head);
       kernel(
-          {plan.segments.data(), plan.panels.data() + from, to - from, head, std::min(group, heads - head), h,
-           partial_at(joint, head, part), parts[joint] * part_bytes, packed.get()},
+          {plan.segments.data(), plan.panels.data() + from, to - from, head, count, h, partial_at(joint, head, part),
+           parts[joint] * part_bytes, packed.get()},
           is_double);
+      for (int64_t i = 0; i < count && parts[joint] == 1; ++i) finish_head(joint, head + i);
     }
   });
+  if (first_partial[joints] == joints * heads) return {D, J};
   const int64_t heads_grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, 4 * h * h));
   torch::stable::parallel_for(0, joints * heads, heads_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t joint = index / heads, ld = gram_row_bytes(h, element) / element;
-      auto run = [&](auto* D_out, auto* J_out) {
-        finish(partial_at(joint, index % heads, 0), parts[joint], part_bytes, h, ld, D_out + index * h * h, J_out + index);
-      };
-      if (is_double) run(D.mutable_data_ptr<double>(), J.mutable_data_ptr<double>());
-      else run(D.mutable_data_ptr<float>(), J.mutable_data_ptr<float>());
-    }
+    for (int64_t index = begin; index < end; ++index)
+      if (parts[index / heads] > 1) finish_head(index / heads, index % heads);
   });
   return {D, J};
 }

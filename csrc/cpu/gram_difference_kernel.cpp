@@ -36,7 +36,7 @@ void pack(const GramSegment& segment, int64_t head, bool head_next, int64_t h, d
 }
 
 // Rows of one strip against another: out[first + m] += sign * Σ_k rows[k][first + m] * strip[k].
-template <class T, int Vectors>
+template <class T>
 struct Tile {
   const T *rows, *strip;
   int64_t depth;
@@ -45,25 +45,55 @@ struct Tile {
 
   template <int Rows>
   INLINE void run(int64_t first) const {
-    Vec<T> sum[Rows][Vectors];
-    multiply_tile<T, Rows, Vectors>(rows + first, 1, kStrip<T>, strip, depth, sum);
+    Vec<T> sum[Rows][2];
+    multiply_tile<T, Rows, 2>(rows + first, 1, kStrip<T>, strip, depth, sum);
     for (int m = 0; m < Rows; ++m) {
       T* to = out + (first + m) * out_step;
-      for (int v = 0; v < Vectors; ++v) store(fma<T>(splat(sign), sum[m][v], load(to + v * kLanes<T>)), to + v * kLanes<T>);
+      for (int v = 0; v < 2; ++v) store(fma<T>(splat(sign), sum[m][v], load(to + v * kLanes<T>)), to + v * kLanes<T>);
     }
   }
 };
+
+// A whole strip against itself, without the upper right quarter: kDiagonalRows rows of the upper half, which need one vector, and as
+// many of the lower half, which need two, make one tile of 12 accumulators. Apart, the halves have 8, too few to hide the latency.
+constexpr int kDiagonalRows = 4;
+template <class T>
+void add_diagonal(const T* strip, int64_t depth, T sign, T* out, int64_t out_step) {
+  constexpr int lanes = kLanes<T>;
+  for (int first = 0; first < lanes; first += kDiagonalRows) {
+    Vec<T> upper[kDiagonalRows] = {}, lower[kDiagonalRows][2] = {};
+    const T *columns = strip, *rows = strip + first;
+    for (int64_t k = 0; k < depth; ++k, columns += kStrip<T>, rows += kStrip<T>) {
+      const Vec<T> x[2] = {load(columns), load(columns + lanes)};
+      for (int m = 0; m < kDiagonalRows; ++m) {
+        upper[m] = fma<T>(splat(rows[m]), x[0], upper[m]);
+        const Vec<T> y = splat(rows[lanes + m]);
+        for (int v = 0; v < 2; ++v) lower[m][v] = fma<T>(y, x[v], lower[m][v]);
+      }
+    }
+    for (int m = 0; m < kDiagonalRows; ++m) {
+      T *above = out + (first + m) * out_step, *below = above + lanes * out_step;
+      store(fma<T>(splat(sign), upper[m], load(above)), above);
+      for (int v = 0; v < 2; ++v) store(fma<T>(splat(sign), lower[m][v], load(below + v * lanes)), below + v * lanes);
+    }
+  }
+}
 
 // squares[a] += Σ_k strip[k][a]². Read off the Gram's diagonal they would carry the error of its long sums, three times torch's;
 // four short sums cost 2% of the product at a width of 64.
 template <class T>
 void add_squares(const T* strip, int64_t depth, T* squares) {
   Vec<T> sum[4][2] = {};
-  for (int64_t k = 0; k < depth; ++k)
+  auto add = [&](int64_t k, int to) {
     for (int v = 0; v < 2; ++v) {
       const Vec<T> x = load(strip + k * kStrip<T> + v * kLanes<T>);
-      sum[k % 4][v] = fma<T>(x, x, sum[k % 4][v]);
+      sum[to][v] = fma<T>(x, x, sum[to][v]);
     }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4)
+    for (int to = 0; to < 4; ++to) add(k + to, to);
+  for (; k < depth; ++k) add(k, 0);
   for (int v = 0; v < 2; ++v)
     store(load(squares + v * kLanes<T>) + ((sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])), squares + v * kLanes<T>);
 }
@@ -86,11 +116,12 @@ void add_panel(const GramItem& item, const GramPanel& panel, int64_t head) {
     const T* strip = packed + i / width * kPitch<T>;
     T* out = partial + i * ld;
     for (int64_t j = 0; j < i; j += width)
-      for_row_tiles(rows, Tile<T, 2>{strip, packed + j / width * kPitch<T>, panel.depth, sign, out + j, ld});
-    // The diagonal block's upper right quarter is left out: its first rows need one vector only, and more of them hide the latency.
-    for_row_tiles<(lanes < 8 ? lanes : 8)>(rows < lanes ? rows : lanes, Tile<T, 1>{strip, strip, panel.depth, sign, out + i, ld});
-    if (rows > lanes)
-      for_row_tiles(rows - lanes, Tile<T, 2>{strip + lanes, strip, panel.depth, sign, out + lanes * ld + i, ld});
+      for_row_tiles(rows, Tile<T>{strip, packed + j / width * kPitch<T>, panel.depth, sign, out + j, ld});
+    if (rows == width && lanes % kDiagonalRows == 0) {
+      add_diagonal(strip, panel.depth, sign, out + i, ld);
+    } else {
+      for_row_tiles(rows, Tile<T>{strip, strip, panel.depth, sign, out + i, ld});
+    }
     add_squares(strip, panel.depth, squares + i);
   }
 }

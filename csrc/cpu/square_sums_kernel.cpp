@@ -11,7 +11,7 @@ constexpr int64_t kChain = sizeof(T) == 8 ? 16 : 32;
 constexpr int kChains = 4;
 // Columns that are added in registers before memory is touched; as many streams are read at once.
 constexpr int kColumns = 8;
-// Rows of fewer contiguous columns are read as if their entries were rows, and folded at the end.
+// Fewer contiguous columns of a row, or fewer contiguous rows, are read as if all entries were rows, and folded at the end.
 constexpr int64_t kShortRun = 32, kFoldedLanes = 1024;
 
 template <class T>
@@ -23,15 +23,6 @@ INLINE Vec<T> absolute(Vec<T> x) {
     typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
     return (Vec<T>)((Bits)x & 0x7fffffffffffffffull);
   }
-}
-
-template <class T>
-INLINE double sum_lanes(Vec<T> x) {
-  T lanes[kLanes<T>];
-  store(x, lanes);
-  double sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += double(lanes[i]);
-  return sum;
 }
 
 INLINE RowSums at(const RowSums& sums, int64_t row) {
@@ -60,32 +51,6 @@ INLINE void add_entry(const S* x, const RowSums& to) {
   add<T>(value * value, value < 0 ? -value : value, to);
 }
 
-// The columns of one row, contiguous.
-template <class S, class T>
-INLINE void add_run(const S* x, int64_t count, const RowSums& to) {
-  constexpr int lanes = kLanes<T>, chains = kChains;
-  constexpr int64_t run = kChain<T> * chains * lanes;
-  int64_t i = 0;
-  while (count - i >= lanes) {
-    const int64_t end = i + (count - i < run ? count - i : run);
-    Vec<T> squares[chains] = {}, l1s[chains] = {};
-    for (; i + chains * lanes <= end; i += chains * lanes)
-      for (int c = 0; c < chains; ++c) {
-        const Vec<T> v = load(x + i + c * lanes);
-        squares[c] = fma<T>(v, v, squares[c]);
-        l1s[c] += absolute<T>(v);
-      }
-    for (; i + lanes <= end; i += lanes) {
-      const Vec<T> v = load(x + i);
-      squares[0] = fma<T>(v, v, squares[0]);
-      l1s[0] += absolute<T>(v);
-    }
-    add<T>(
-        sum_lanes<T>((squares[0] + squares[1]) + (squares[2] + squares[3])), sum_lanes<T>((l1s[0] + l1s[1]) + (l1s[2] + l1s[3])), to);
-  }
-  for (; i < count; ++i) add_entry<S, T>(x + i, to);
-}
-
 INLINE void add_lanes(Vec<double> x, double* to, double* lost) {
   const Vec<double> before = load(to), after = before + x, added = after - before;
   store(after, to);
@@ -101,6 +66,55 @@ INLINE void add_lanes(Vec<float> x, double* to, double*) {
 #else
   for (int i = 0; i < kLanes<float>; ++i) to[i] += double(x[i]);
 #endif
+}
+
+// The columns of one row, contiguous.
+template <class S, class T>
+INLINE void add_run(const S* x, int64_t count, const RowSums& to) {
+  constexpr int lanes = kLanes<T>, chains = kChains;
+  constexpr int64_t run = kChain<T> * chains * lanes;
+  double square = 0, l1 = 0, square_lost = 0, l1_lost = 0;
+  const RowSums sums{&square, &l1, &square_lost, &l1_lost};
+  int64_t i = 0;
+  if (count >= lanes) {
+    double wide[4][lanes] = {};
+    while (count - i >= lanes) {
+      const int64_t end = i + (count - i < run ? count - i : run);
+      Vec<T> squares[chains] = {}, l1s[chains] = {};
+      for (; i + chains * lanes <= end; i += chains * lanes)
+        for (int c = 0; c < chains; ++c) {
+          const Vec<T> v = load(x + i + c * lanes);
+          squares[c] = fma<T>(v, v, squares[c]);
+          l1s[c] += absolute<T>(v);
+        }
+      for (; i + lanes <= end; i += lanes) {
+        const Vec<T> v = load(x + i);
+        squares[0] = fma<T>(v, v, squares[0]);
+        l1s[0] += absolute<T>(v);
+      }
+      add_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]), wide[0], wide[2]);
+      add_lanes((l1s[0] + l1s[1]) + (l1s[2] + l1s[3]), wide[1], wide[3]);
+    }
+    if constexpr (sizeof(T) == 4) {
+      for (int half = lanes / 2; half > 0; half /= 2)
+        for (int t = 0; t < 2; ++t)
+          for (int l = 0; l < half; ++l) wide[t][l] += wide[t][l + half];
+      square = wide[0][0];
+      l1 = wide[1][0];
+    } else {
+      for (int l = 0; l < lanes; ++l) {
+        add<T>(wide[0][l], wide[1][l], sums);
+        square_lost += wide[2][l];
+        l1_lost += wide[3][l];
+      }
+    }
+  }
+  for (; i < count; ++i) add_entry<S, T>(x + i, sums);
+  add<T>(square, l1, to);
+  if constexpr (sizeof(T) == 8) {
+    *to.squares_lost += square_lost;
+    *to.l1_lost += l1_lost;
+  }
 }
 
 // `Columns` columns, each of them one contiguous entry per row.
@@ -142,6 +156,21 @@ void add_panel(const S* x, const Axis<1>& slow, const Axis<1>& fast, const RowSu
   }
 }
 
+// Sums of `count` lanes, added to rows (lane / width) % rows.
+template <class T>
+INLINE void fold(const RowSums& lanes, int64_t count, int64_t width, int64_t rows, const RowSums& to) {
+  int64_t row = 0;
+  for (int64_t i = 0; i < count; row = row + 1 == rows ? 0 : row + 1)
+    for (int64_t end = i + width; i < end; ++i) {
+      const RowSums sum = at(to, row);
+      add<T>(lanes.squares[i], lanes.l1[i], sum);
+      if constexpr (sizeof(T) == 8) {
+        *sum.squares_lost += lanes.squares_lost[i];
+        *sum.l1_lost += lanes.l1_lost[i];
+      }
+    }
+}
+
 // Rows of `width` contiguous columns, side by side: a 3 × 3 convolution read along its inputs.
 template <class S, class T>
 void add_folded(const S* x, const Axis<1>& columns, int64_t rows, int64_t width, const RowSums& to) {
@@ -151,16 +180,20 @@ void add_folded(const S* x, const Axis<1>& columns, int64_t rows, int64_t width,
     count = rows - first < kFoldedLanes / width ? rows - first : kFoldedLanes / width;
     clear(lanes, count * width);
     add_panel<S, T>(x + first * width, columns, Axis<1>{count * width, 1, {1}}, lanes);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t i = r * width; i < (r + 1) * width; ++i) {
-        const RowSums row = at(to, first + r);
-        add<T>(lanes.squares[i], lanes.l1[i], row);
-        if constexpr (sizeof(T) == 8) {
-          *row.squares_lost += lanes.squares_lost[i];
-          *row.l1_lost += lanes.l1_lost[i];
-        }
-      }
+    fold<T>(lanes, count * width, width, count, at(to, first));
   }
+}
+
+// Columns of few rows, one after the other: many of them fill the lanes.
+template <class S, class T>
+void add_narrow(const S* x, int64_t columns, int64_t rows, const RowSums& to) {
+  double memory[4 * kFoldedLanes];
+  const RowSums lanes{memory, memory + kFoldedLanes, memory + 2 * kFoldedLanes, memory + 3 * kFoldedLanes};
+  const int64_t together = kFoldedLanes / rows, groups = columns / together, used = (groups ? together : columns) * rows;
+  clear(lanes, used);
+  add_panel<S, T>(x, Axis<1>{groups, 0, {together * rows}}, Axis<1>{together * rows, 1, {1}}, lanes);
+  add_panel<S, T>(x + groups * together * rows, Axis<1>{1, 0, {0}}, Axis<1>{(columns - groups * together) * rows, 1, {1}}, lanes);
+  fold<T>(lanes, used, 1, rows, to);
 }
 
 template <class S, class T>
@@ -176,11 +209,14 @@ void add_block(const SumsItem& item) {
           at(item.sums, i * axes[0].row_step));
     return;
   }
+  const bool narrow = axes[3].row_step == 1 && axes[3].size < kShortRun && axes[3].steps[0] == 1 && axes[2].row_step == 0 &&
+                      axes[2].steps[0] == axes[3].size;
   for (int64_t i = 0; i < axes[0].size; ++i)
     for (int64_t j = 0; j < axes[1].size; ++j) {
       const int64_t row = i * axes[0].row_step + j * axes[1].row_step;
       const S* x = static_cast<const S*>(item.block.data[0]) + i * axes[0].steps[0] + j * axes[1].steps[0];
-      add_panel<S, T>(x, axes[2], axes[3], at(item.sums, row));
+      if (narrow) add_narrow<S, T>(x, axes[2].size, axes[3].size, at(item.sums, row));
+      else add_panel<S, T>(x, axes[2], axes[3], at(item.sums, row));
     }
 }
 

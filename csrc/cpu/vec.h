@@ -259,7 +259,8 @@ NOINLINE void pack_strips(const S* from, int64_t a_step, int64_t b_step, int64_t
       for (; done + block <= count; done += block) {
         for (int64_t b = 0; b < deep; b += block) {
           const S* corner = strip + done * a_step + b;
-          for (int a = 0; a < block; ++a) __builtin_prefetch(corner + a * a_step + ahead);
+          if (b % (64 / int64_t(sizeof(S))) == 0)
+            for (int a = 0; a < block; ++a) __builtin_prefetch(corner + a * a_step + ahead);
           transpose_block(corner, a_step, to + b * width + done, width);
         }
         for (int64_t b = deep; b < depth; ++b)

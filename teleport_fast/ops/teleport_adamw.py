@@ -78,7 +78,7 @@ def _check_alike(parameters: Sequence[Tensor], tensors: Sequence[Tensor], name: 
             f"teleport_adamw_: parameters and {name} must be of one length, got {len(parameters)} and {len(tensors)}"
         )
     for index, (p, tensor) in enumerate(zip(parameters, tensors, strict=True)):
-        if p.shape != tensor.shape or p.dtype != tensor.dtype or p.device != tensor.device:
+        if p.dtype != tensor.dtype or p.device != tensor.device or p.shape != tensor.shape:
             raise ValueError(
                 f"teleport_adamw_: parameters[{index}] is {tuple(p.shape)} {p.dtype} on {p.device} and {name}[{index}] "
                 f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; pass views of one shape, dtype and device"

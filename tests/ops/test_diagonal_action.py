@@ -49,6 +49,12 @@ def test_error_is_at_most_twice_torchs_own_at_every_number_of_columns(way, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("h", [2, 5, 31])
+def test_narrow_joints_with_many_columns_are_moved_as_accurately(way, dtype, h, exact):
+    assert_as_accurate_as_torch(torch.randn(5003, h, 1).to(dtype).transpose(0, 2), -1.0, 0.5, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs, taps", [(3, 9), (130, 9), (1030, 2), (40, 25)])
 def test_short_runs_of_columns_are_moved_as_accurately(way, dtype, inputs, taps, exact):
     # A convolution's weight read along its inputs: rows of `taps` contiguous columns, side by side.

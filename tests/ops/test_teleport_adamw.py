@@ -71,6 +71,17 @@ def test_error_is_at_most_twice_that_of_moving_and_stepping_apart(way, dtype, la
         assert_as_accurate_as_apart(tensors, (1.0, -1.0, -2.0)[step % 3], step % 2, step + 1, exact)
 
 
+@pytest.mark.parametrize("inputs, taps", [(3, 9), (1030, 2)])
+def test_convolutions_read_along_their_inputs_step_as_accurately(way, inputs, taps, exact):
+    tensors = [t.transpose(1, 2) for t in state(2, 30, inputs, taps)]
+    assert_as_accurate_as_apart(tensors, -1.0, 0.0, 2, exact)
+
+
+@pytest.mark.parametrize("h", [2, 5, 31])
+def test_narrow_joints_with_many_columns_step_as_accurately(way, h, exact):
+    assert_as_accurate_as_apart([t.transpose(0, 2) for t in state(1500, h, 1)], 1.0, 1.0, 2, exact)
+
+
 def test_views_of_an_entry_may_lie_in_memory_differently(way, exact):
     p, g, m, v = state(2, 9, 33)
     g, m = g.transpose(0, 2).contiguous().transpose(0, 2), m.mT.contiguous().mT
