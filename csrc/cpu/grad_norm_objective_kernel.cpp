@@ -54,7 +54,7 @@ NOINLINE bool invert(T* a, int64_t h, int64_t ld, int64_t* pivots) {
 // tr(W gram Wᵀ): the square norm of W times the gradient that `gram` is the Gram of.
 template <class T>
 NOINLINE double weigh(const T* W, const T* gram, T* product, int64_t h, int64_t ld) {
-  multiply<T>(W, gram, nullptr, 0.0, product, h, ld);
+  multiply<T>(W, gram, nullptr, 0.0, product, {h, ld, false});
   double sum = 0;
   for (int64_t i = 0; i < h; ++i) {
     Vec<T> row = {};

@@ -1,4 +1,4 @@
-// matrix_exp and matrix_exp_pair: the matrix that their host side hands to the kernel of one instruction set.
+// matrix_exp and matrix_exp_pair: the matrices that their host side hands to the kernel of one instruction set.
 #pragma once
 
 #include "isa.h"
@@ -6,11 +6,11 @@
 
 namespace teleport_fast {
 
-// plus = exp(matrix), minus = exp(-matrix) unless it is null; all (h, h) contiguous.
+// plus = exp(matrices), minus = exp(-matrices) unless it is null; all (count, h, h) contiguous.
 struct ExpItem {
-  const void* matrix;
+  const void* matrices;
   void *plus, *minus;
-  int64_t h;
+  int64_t count, h;
   void* scratch;
 };
 

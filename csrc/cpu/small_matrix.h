@@ -43,13 +43,48 @@ struct ProductTile {
   }
 };
 
+struct Shape {
+  int64_t h, ld;
+  // Whether factors and product are symmetric: then the product's lower triangle is computed and mirrored.
+  bool symmetric;
+};
+
+// The upper triangle from the lower one, and zeros behind the h-th column.
 template <class T>
-NOINLINE void multiply(const T* x, const T* y, const T* add, double factor, T* out, int64_t h, int64_t ld) {
+NOINLINE void mirror(T* matrix, int64_t h, int64_t ld) {
+  constexpr int block = kBlock<T>;
+  for (int64_t i = 0; i < h; i += block) {
+    const int64_t rows = h - i < block ? h - i : block;
+    for (int64_t j = 0; j < i; j += block) {
+      T *from = matrix + i * ld + j, *to = matrix + j * ld + i;
+      if (rows == block) {
+        transpose_block(from, ld, to, ld);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int c = 0; c < block; ++c) to[c * ld + r] = from[r * ld + c];
+    }
+    T* corner = matrix + i * ld + i;
+    for (int64_t r = 1; r < rows; ++r)
+      for (int64_t c = 0; c < r; ++c) corner[c * ld + r] = corner[r * ld + c];
+  }
+  for (int64_t i = 0; i < h; ++i)
+    for (int64_t j = h; j < ld; ++j) matrix[i * ld + j] = 0;
+}
+
+// out = x y + factor add, all (h, ld).
+template <class T>
+NOINLINE void multiply(const T* x, const T* y, const T* add, double factor, T* out, const Shape& shape) {
+  const int64_t h = shape.h, ld = shape.ld;
   const T scale = T(factor);
-  int64_t j = 0;
-  for (; h - j > kLanes<T>; j += kStrip<T>)
-    for_row_tiles(h, ProductTile<T, 2>{x, y + j, add ? add + j : nullptr, out + j, h, ld, &scale});
-  if (j < h) for_row_tiles(h, ProductTile<T, 1>{x, y + j, add ? add + j : nullptr, out + j, h, ld, &scale});
+  for (int64_t j = 0; j < h; j += kStrip<T>) {
+    // Rows above the strip's diagonal block are its mirror image.
+    const int64_t first = shape.symmetric ? j : 0, corner = first * ld + j;
+    const T* added = add ? add + corner : nullptr;
+    if (h - j > kLanes<T>) for_row_tiles(h - first, ProductTile<T, 2>{x + first * ld, y + j, added, out + corner, h, ld, &scale});
+    else for_row_tiles(h - first, ProductTile<T, 1>{x + first * ld, y + j, added, out + corner, h, ld, &scale});
+  }
+  if (shape.symmetric) mirror(out, h, ld);
 }
 
 // Copies (h, h) into (h, ld), columns behind h zero.
