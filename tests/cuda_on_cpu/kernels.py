@@ -61,6 +61,13 @@ class ObjectivePlan(ctypes.Structure):
     _fields_ = [(name, I64) for name in ("candidates", "matrices", "h", "float64", "stride", "threads", "shared_bytes")]
 
 
+class ExpPlan(ctypes.Structure):
+    _fields_ = [
+        *[(name, I64) for name in ("batch", "h", "float64")],
+        *[(name, I64) for name in ("stride", "tiles", "per_block", "threads", "shared_bytes")],
+    ]
+
+
 class ActedView(ctypes.Structure):
     _fields_ = [("view", emulated.ViewStruct), ("matrix", ctypes.c_void_p)]
 
@@ -238,6 +245,18 @@ class Kernels:
         self.emulator.check(code)
         assert objective[-1].isnan()
         return objective[:-1].view(candidates, heads)
+
+    def matrix_exp(self, M: Tensor, pair: bool = False, shared_limit: int = 163 << 10) -> list[Tensor]:
+        """exp(M), and exp(-M) where `pair`; M: (batch, h, h)."""
+        plan = ExpPlan(*M.shape[:2], M.dtype == torch.float64)
+        self.emulator.check(self.library.tf_cuda_matrix_exp_plan(ctypes.byref(plan), I64(shared_limit)))
+        results = [torch.full((M.numel() + 1,), torch.nan, dtype=M.dtype) for _ in range(1 + pair)]
+        self.emulator.begin([M], results)
+        minus = pointer(results[1]) if pair else None
+        code = self.library.tf_cuda_matrix_exp(ctypes.byref(plan), pointer(M), pointer(results[0]), minus, None)
+        self.emulator.check(code)
+        assert all(result[-1].isnan() for result in results)
+        return [result[:-1].view_as(M) for result in results]
 
     def group_action_(
         self,
