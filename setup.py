@@ -50,6 +50,14 @@ def missing() -> list[str]:
     return [name for name, there in wanted.items() if not there]
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler, where the installed torch can use what it compiles; None leaves the build as it is without CUDA."""
+    torch = torch_folder()
+    with_cuda = torch is not None and (torch / "lib" / "libtorch_cuda.so").is_file()
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return (find("nvcc") or find(os.path.join(home, "bin", "nvcc"))) if with_cuda else None
+
+
 def fall_back(reason: str) -> None:
     """Says why there is no extension; raises where TELEPORT_FAST_REQUIRE_EXT asks for one."""
     if REQUIRED:
@@ -59,7 +67,7 @@ def fall_back(reason: str) -> None:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and puts `_ops.so` and `_C.*.so` beside the package's Python files."""
+    """Runs CMake and puts `_ops.so`, `_C.*.so` and, with CUDA, `_ops_cuda.so` beside the package's Python files."""
 
     def run(self) -> None:
         package = "teleport_fast"
@@ -67,11 +75,19 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         output.mkdir(parents=True, exist_ok=True)
         try:
-            self.build(folder, output)
+            try:
+                self.build(folder, output, nvcc())
+            except subprocess.CalledProcessError:
+                if not nvcc():
+                    raise
+                print(
+                    "\nteleport_fast: the CUDA part did not build (see above); going on without it.\n", file=sys.stderr
+                )
+                self.build(folder, output, None)
         except subprocess.CalledProcessError as error:
             fall_back(f"the extension did not build ({' '.join(map(str, error.cmd[:2]))} failed, see above)")
 
-    def build(self, folder: Path, output: Path) -> None:
+    def build(self, folder: Path, output: Path, cuda: str | None) -> None:
         torch = torch_folder()
         cmake, ninja = find("cmake"), find("ninja")
         assert torch and cmake
@@ -84,6 +100,7 @@ class CMakeBuild(build_ext):
             f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}",
             f"-DPYTHON_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DOUTPUT_DIR={output}",
+            *(["-DTELEPORT_FAST_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={cuda}"] if cuda else ["-DTELEPORT_FAST_CUDA=OFF"]),
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         configure = [cmake, "-S", str(ROOT), "-B", str(folder), *options]

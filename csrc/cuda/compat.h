@@ -4,6 +4,10 @@
 // and touch global memory through gload and gstore. Under nvcc these are plain accesses; under the emulator each one is
 // checked and counted (tests/cuda_on_cpu).
 #pragma once
+#ifdef TELEPORT_FAST_CUDA_HOST
+// launch.cpp is plain C++ and wants the types of a launch only.
+#include <cuda_runtime_api.h>
+#else
 #include <math.h>
 
 #include <cstddef>
@@ -154,3 +158,4 @@ __device__ __forceinline__ T narrow(typename AccumulatorOf<T>::type x) {
 }
 
 }  // namespace teleport_fast
+#endif  // TELEPORT_FAST_CUDA_HOST

@@ -90,7 +90,11 @@ def _cpp() -> bool | str:
 def _cuda() -> bool | str:
     if torch.version.cuda is None:
         return "torch was built without CUDA"
-    return _load(_PACKAGE / "_ops_cuda.so") if torch.cuda.is_available() else "torch sees no CUDA device"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    # The schemas of both libraries are in _ops.so.
+    schemas = availability("cpp")
+    return _load(_PACKAGE / "_ops_cuda.so") if schemas is True else schemas
 
 
 def _load(library: Path) -> bool | str:

@@ -32,6 +32,18 @@ class DiagonalView(ctypes.Structure):
     _fields_ = [("view", emulated.ViewStruct), ("scale", ctypes.c_void_p), ("exponent", F64), ("shift", F64)]
 
 
+class AdamwView(ctypes.Structure):
+    _fields_ = [
+        ("view", emulated.ViewStruct),
+        ("others", ctypes.c_void_p * 3),
+        ("strides", I64 * 4 * 3),
+        ("parameter_factors", ctypes.c_void_p),
+        ("gradient_factors", ctypes.c_void_p),
+        ("shift", F64),
+        ("alike", I64),
+    ]
+
+
 class PermutedView(ctypes.Structure):
     _fields_ = [("view", emulated.ViewStruct), ("index", ctypes.c_void_p)]
 
@@ -42,6 +54,17 @@ class GramPlan(ctypes.Structure):
         *[(name, I32) for name in ("splits", "micro", "side", "pairs", "groups", "multipliers", "threads")],
         ("shared_bytes", I64),
         ("partials", I64),
+    ]
+
+
+class ObjectivePlan(ctypes.Structure):
+    _fields_ = [(name, I64) for name in ("candidates", "matrices", "h", "float64", "stride", "threads", "shared_bytes")]
+
+
+class ExpPlan(ctypes.Structure):
+    _fields_ = [
+        *[(name, I64) for name in ("batch", "h", "float64")],
+        *[(name, I64) for name in ("stride", "tiles", "per_block", "threads", "shared_bytes")],
     ]
 
 
@@ -135,6 +158,38 @@ class Kernels:
         )
         self.emulator.check(code)
 
+    def teleport_adamw_(
+        self,
+        lists: Sequence[Sequence[Tensor]],
+        factors: Tensor,
+        which: Sequence[int],
+        shifts: Sequence[float],
+        *step: float,
+    ) -> None:
+        """lists: parameters, gradients, moments; factors (kinds, heads, h); step, lr, beta1, beta2, eps, weight_decay."""
+        count = len(lists[0])
+        views = (AdamwView * count)()
+        for i, (parameter, *others) in enumerate(zip(*lists, strict=True)):
+            views[i].view, views[i].shift = emulated.view_struct(parameter), shifts[i]
+            for t, other in enumerate(others):
+                views[i].others[t] = other.data_ptr()
+                views[i].strides[t][:] = (other if other.dim() == 4 else other.unsqueeze(2)).stride()
+            views[i].parameter_factors = factors[which[i]].data_ptr()
+            views[i].gradient_factors = factors[which[count + i]].data_ptr()
+        tiles = self.planned(self.library.tf_cuda_teleport_adamw_plan, views, None)
+        owners = (I32 * (tiles + 1))()
+        self.library.tf_cuda_teleport_adamw_plan(views, I64(count), owners)
+        self.emulator.begin([*lists[1], factors], [*lists[0], *lists[2], *lists[3]])
+        code = self.library.tf_cuda_teleport_adamw_(
+            self.emulator.table(views),
+            self.emulator.table(owners),
+            I64(tiles),
+            (F64 * 6)(*step),
+            factors.dtype == torch.float64,
+            None,
+        )
+        self.emulator.check(code)
+
     def planned(self, plan: Any, views: ctypes.Array, *arguments: Any) -> int:
         """The number of tiles that a planner counts; raises where it refuses."""
         plan.restype = I64
@@ -168,6 +223,40 @@ class Kernels:
         self.emulator.check(code)
         assert d[-1].isnan() and trace[-1].isnan()
         return d[:-1].view(-1, h, h), trace[:-1]
+
+    def grad_norm_objective(
+        self, minus_gram_plus: Tensor | None, gram_minus: Tensor | None, g: Tensor, shared_limit: int = 163 << 10
+    ) -> Tensor:
+        """g: (candidates, heads, h, h); the Grams (heads, h, h), None for an empty side."""
+        candidates, heads, h = g.shape[:3]
+        plan = ObjectivePlan(candidates, heads, h, g.dtype == torch.float64)
+        planner = self.library.tf_cuda_grad_norm_objective_plan
+        self.emulator.check(planner(ctypes.byref(plan), I64(shared_limit)))
+        objective = torch.full((candidates * heads + 1,), torch.nan, dtype=g.dtype)
+        grams = [S for S in (minus_gram_plus, gram_minus) if S is not None]
+        self.emulator.begin([g, *grams], [objective])
+        code = self.library.tf_cuda_grad_norm_objective(
+            ctypes.byref(plan),
+            pointer(g),
+            *[None if S is None else pointer(S) for S in (minus_gram_plus, gram_minus)],
+            pointer(objective),
+            None,
+        )
+        self.emulator.check(code)
+        assert objective[-1].isnan()
+        return objective[:-1].view(candidates, heads)
+
+    def matrix_exp(self, M: Tensor, pair: bool = False, shared_limit: int = 163 << 10) -> list[Tensor]:
+        """exp(M), and exp(-M) where `pair`; M: (batch, h, h)."""
+        plan = ExpPlan(*M.shape[:2], M.dtype == torch.float64)
+        self.emulator.check(self.library.tf_cuda_matrix_exp_plan(ctypes.byref(plan), I64(shared_limit)))
+        results = [torch.full((M.numel() + 1,), torch.nan, dtype=M.dtype) for _ in range(1 + pair)]
+        self.emulator.begin([M], results)
+        minus = pointer(results[1]) if pair else None
+        code = self.library.tf_cuda_matrix_exp(ctypes.byref(plan), pointer(M), pointer(results[0]), minus, None)
+        self.emulator.check(code)
+        assert all(result[-1].isnan() for result in results)
+        return [result[:-1].view_as(M) for result in results]
 
     def group_action_(
         self,
