@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(teleport_fast_cpp, m) {
       "teleport_adamw_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
       "Tensor factors, int[] which, float[] shifts, float step, float lr, float beta1, float beta2, float eps, float weight_decay, "
       "int joints) -> ()");
+  m.def(
+      "rotate_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
+      "Tensor[] left, Tensor[] right, int base, float step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CompositeExplicitAutograd, m) {
@@ -56,4 +59,5 @@ STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CPU, m) {
   m.impl("diagonal_action_", TORCH_BOX(&teleport_fast::diagonal_action_));
   m.impl("permutation_action_", TORCH_BOX(&teleport_fast::permutation_action_));
   m.impl("teleport_adamw_", TORCH_BOX(&teleport_fast::teleport_adamw_));
+  m.impl("rotate_step_", TORCH_BOX(&teleport_fast::rotate_step_));
 }

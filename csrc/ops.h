@@ -30,6 +30,12 @@ void teleport_adamw_(
     std::vector<int64_t> which, std::vector<double> shifts, double step, double lr, double beta1, double beta2, double eps,
     double weight_decay, int64_t joints);
 
+void rotate_step_(
+    std::vector<torch::stable::Tensor> parameters, std::vector<torch::stable::Tensor> gradients,
+    std::vector<torch::stable::Tensor> first_moments, std::vector<torch::stable::Tensor> second_moments,
+    std::vector<torch::stable::Tensor> left, std::vector<torch::stable::Tensor> right, int64_t base, double step, double lr, double beta1,
+    double beta2, double eps, double weight_decay);
+
 void covariance_(
     torch::stable::Tensor covariance, std::vector<torch::stable::Tensor> tensors, double decay, int64_t joints);
 

@@ -7,6 +7,7 @@ from teleport_fast.ops.gram_difference import gram_difference
 from teleport_fast.ops.group_action import group_action, group_action_
 from teleport_fast.ops.matrix_exp import matrix_exp, matrix_exp_pair
 from teleport_fast.ops.permutation_action import permutation_action_
+from teleport_fast.ops.rotate_step import rotate_step_
 from teleport_fast.ops.square_sums import square_sums
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
 
@@ -20,6 +21,7 @@ __all__ = [
     "matrix_exp",
     "matrix_exp_pair",
     "permutation_action_",
+    "rotate_step_",
     "square_sums",
     "teleport_adamw_",
 ]
