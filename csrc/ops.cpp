@@ -32,6 +32,8 @@ STABLE_TORCH_LIBRARY(teleport_fast_cpp, m) {
   m.def("matrix_exp(Tensor M) -> Tensor");
   m.def("matrix_exp_pair(Tensor M) -> (Tensor, Tensor)");
   m.def("grad_norm_objective(Tensor[] plus, Tensor[] minus, Tensor g, int joints) -> Tensor");
+  m.def("activation_action(Tensor Z, Tensor g, Tensor slope) -> Tensor");
+  m.def("activation_action_tangent(Tensor Z, Tensor M, Tensor slope) -> Tensor");
   m.def("square_sums(Tensor[] tensors, int joints) -> (Tensor, Tensor)");
   m.def("diagonal_action_(Tensor(a!)[] tensors, Tensor factors, int[] which, float[] shifts, int joints) -> ()");
   m.def("permutation_action_(Tensor(a!)[] tensors, Tensor index, int joints) -> ()");
@@ -55,6 +57,8 @@ STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CPU, m) {
   m.impl("matrix_exp", TORCH_BOX(&teleport_fast::matrix_exp));
   m.impl("matrix_exp_pair", TORCH_BOX(&teleport_fast::matrix_exp_pair));
   m.impl("grad_norm_objective", TORCH_BOX(&teleport_fast::grad_norm_objective));
+  m.impl("activation_action", TORCH_BOX(&teleport_fast::activation_action));
+  m.impl("activation_action_tangent", TORCH_BOX(&teleport_fast::activation_action_tangent));
   m.impl("square_sums", TORCH_BOX(&teleport_fast::square_sums));
   m.impl("diagonal_action_", TORCH_BOX(&teleport_fast::diagonal_action_));
   m.impl("permutation_action_", TORCH_BOX(&teleport_fast::permutation_action_));

@@ -43,6 +43,10 @@ torch::stable::Tensor matrix_exp(torch::stable::Tensor matrices);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> matrix_exp_pair(torch::stable::Tensor matrices);
 
+torch::stable::Tensor activation_action(torch::stable::Tensor Z, torch::stable::Tensor g, torch::stable::Tensor slope);
+
+torch::stable::Tensor activation_action_tangent(torch::stable::Tensor Z, torch::stable::Tensor M, torch::stable::Tensor slope);
+
 torch::stable::Tensor grad_norm_objective(
     std::vector<torch::stable::Tensor> plus, std::vector<torch::stable::Tensor> minus, torch::stable::Tensor g, int64_t joints);
 

@@ -1,5 +1,6 @@
 """Who computes: one file per op, each with its formula in plain torch beside the choice of a faster backend."""
 
+from teleport_fast.ops.activation_action import activation_action, activation_action_tangent
 from teleport_fast.ops.covariance import covariance_
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.grad_norm_objective import grad_norm_objective
@@ -12,6 +13,8 @@ from teleport_fast.ops.square_sums import square_sums
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
 
 __all__ = [
+    "activation_action",
+    "activation_action_tangent",
     "covariance_",
     "diagonal_action_",
     "grad_norm_objective",

@@ -307,3 +307,20 @@ class Kernels:
         )
         self.emulator.check(code)
         assert workspace[-1].isnan()
+
+    def activation_action(self, Z: Tensor, matrix: Tensor, slope: Tensor, tangent: bool = False) -> Tensor:
+        out = torch.full((Z.numel() + 1,), torch.nan, dtype=Z.dtype)
+        step = 0 if matrix.shape[0] == 1 else matrix[0].numel()
+        self.emulator.begin([Z, matrix, slope], [out])
+        code = self.library.tf_cuda_activation_action(
+            ctypes.byref(emulated.view_struct(Z)),
+            pointer(matrix),
+            I64(step),
+            pointer(slope),
+            pointer(out),
+            tangent,
+            None,
+        )
+        self.emulator.check(code)
+        assert out[-1].isnan()
+        return out[:-1].view(Z.shape)
