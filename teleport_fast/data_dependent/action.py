@@ -144,18 +144,19 @@ class MLPAction:
         cap: float = math.inf,
         ascend: bool = True,
         *,
+        radius: float = 1.0,
         group: str = "exp",
         parity: bool | str = False,
         recheck: Callable[[Sequence[Tensor]], Tensor | float] | None = None,
         recheck_factor: float = 2.0,
     ) -> Teleported:
-        """Steps T = ±lr dJ/dT on J = ‖∇L‖² with line search; J ends no lower (higher) than it began and under the cap.
+        """Steps T = ±lr dJ/dT on J = ‖∇L‖² with line search, ‖T‖_F ≤ radius; J ends no lower (higher) than it began, under the cap.
 
         parity: the published loop instead, fixed lr, cap looked at before the step ("iclr24", "neurips22", "l2t"; True: the
         form's). recheck(weights): the loss on more data; a teleport that multiplies it by over recheck_factor is undone.
         """
         cap = math.inf if cap is None else float(cap)
-        code = check_teleport(self, steps, lr, cap, group, parity, PUBLISHED)
+        code = check_teleport(self, steps, lr, cap, radius, group, parity, PUBLISHED)
         loss, sign = output_loss(loss_fn), 1 if ascend else -1
         if code in ("neurips22", "l2t"):
             return self._published(loss_fn, code, steps, lr, cap, ascend)
@@ -165,7 +166,7 @@ class MLPAction:
             if not path.full_rank:
                 return self._published(loss_fn, code, steps, lr, cap, ascend)
         else:
-            path = ascend_with_search(net, frame, loss, steps, lr, cap, sign, group)
+            path = ascend_with_search(net, frame, loss, steps, lr, cap, sign, group, radius)
         before = path.steps[0].objective if path.steps else path.back.J
         weights = self._weights(path.net, path.lead) if any(step.T for step in path.steps) else self.weights
         return self._teleported(weights, path, loss_fn, before, not code, recheck, recheck_factor)

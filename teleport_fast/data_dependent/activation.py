@@ -52,12 +52,11 @@ def leaky_relu(negative_slope: float = 0.1) -> Activation:
     slope = float(negative_slope)
     if not 0 < slope < float("inf"):
         raise ValueError(f"negative_slope must be positive, got {slope}; ReLU (slope 0) is not invertible, pass for example 0.1")
-    # Scalars of z's dtype: torch.where on Python numbers gives float32, and with it slopes off by 1e-9.
     return Activation(
         f"leaky_relu({slope:g})",
         lambda z: nn.functional.leaky_relu(z, slope),
         lambda z: nn.functional.leaky_relu(z, 1 / slope),
-        lambda z: torch.where(z > 0, z.new_ones(()), z.new_full((), slope)),
+        lambda z: torch.ops.aten.leaky_relu_backward(torch.ones_like(z), z, slope, False),
     )
 
 

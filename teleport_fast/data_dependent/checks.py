@@ -59,7 +59,14 @@ def check_elements(gs: Sequence[Tensor], widths: Sequence[int], like: Tensor) ->
 
 
 def check_teleport(
-    action: HasForm, steps: int, lr: float, cap: float, group: str, parity: bool | str, published: Mapping[str, str]
+    action: HasForm,
+    steps: int,
+    lr: float,
+    cap: float,
+    radius: float,
+    group: str,
+    parity: bool | str,
+    published: Mapping[str, str],
 ) -> str:
     """The published code to follow ("" for none), if the arguments make sense; else ValueError."""
     if steps < 0:
@@ -68,6 +75,8 @@ def check_teleport(
         raise ValueError(f"lr must be positive and finite, got {lr}; ascend=False goes down")
     if not cap > 0:
         raise ValueError(f"cap must be positive, got {cap}; leave it out for none")
+    if not (radius > 0 and math.isfinite(radius)):
+        raise ValueError(f"radius must be positive and finite, got {radius}; it bounds ‖T‖ of a step")
     if group not in ("exp", "linear"):
         raise ValueError(f"group must be 'exp' (exp T) or 'linear' (I + T), got {group!r}")
     if not parity:

@@ -30,6 +30,7 @@ class CrossEntropy:
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(f"labels must be (batch,) of integers, got {tuple(labels.shape)} of {labels.dtype}; pass class indices")
         self.labels = labels
+        self._target: Tensor | None = None
 
     def _check(self, Y: Tensor) -> None:
         if Y.shape[1] != len(self.labels):
@@ -44,11 +45,12 @@ class CrossEntropy:
 
     def value_and_gradient(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """(loss, dL/dY): softmax minus one-hot, over the batch."""
+        if self._target is None or self._target.shape != Y.shape or self._target.dtype != Y.dtype:
+            self._check(Y)
+            self._target = torch.zeros_like(Y).scatter_(0, self.labels.unsqueeze(0), 1 / Y.shape[1])
         log_p = torch.log_softmax(Y, 0)
-        index = self.labels.unsqueeze(0)
         self._p = log_p.exp()
-        gradient = self._p.scatter_add(0, index, torch.full_like(log_p[:1], -1.0)).div_(Y.shape[1])
-        return -log_p.gather(0, index).mean(), gradient
+        return -torch.dot(self._target.flatten(), log_p.flatten()), torch.sub(self._p / Y.shape[1], self._target)
 
     def hessian_product(self, R: Tensor) -> Tensor:
         """(diag p − p pᵀ) R per sample, over the batch."""

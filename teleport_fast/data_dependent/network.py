@@ -60,7 +60,7 @@ class Network:
 class Backward:
     """One backward pass: E[m] = dL/dZ_m, G[m] = dL/dW_m for m ≥ 1, EG = E₀ Gram, loss, J = ‖∇L‖²."""
 
-    loss: Tensor
+    loss: float
     E: list[Tensor]
     G: list[Tensor]
     EG: Tensor
@@ -77,18 +77,18 @@ def backward(net: Network, loss: OutputLoss) -> Backward:
     G = [E_out] * (joints + 1)
     upstream = [E_out] * joints
     slope = [E_out] * joints
-    J = torch.zeros((), dtype=E_out.dtype, device=E_out.device)
+    J = 0.0
     for m in range(joints - 1, -1, -1):
         h = net.inputs[m + 1]
         assert h is not None
         G[m + 1] = E[m + 1] @ h.mT
-        J = J + torch.linalg.vector_norm(G[m + 1]).square()
+        J += float(torch.linalg.vector_norm(G[m + 1])) ** 2
         upstream[m] = net.reader(m).mT @ E[m + 1]
         slope[m] = net.activation.derivative(net.Z[m])
         E[m] = slope[m] * upstream[m]
     EG = E[0] @ net.gram
-    J = J + (EG * E[0]).sum()
-    return Backward(value, E, G, EG, upstream, slope, float(J))
+    J += float(torch.dot(EG.flatten(), E[0].flatten()))
+    return Backward(float(value), E, G, EG, upstream, slope, J)
 
 
 @dataclass

@@ -68,7 +68,7 @@ def factor(H: Tensor, gram: Tensor | None = None) -> PseudoInverse:
     Q, R = torch.linalg.qr(H.mT if wide else H)
     if bool((R.diagonal() != 0).all()):
         inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=H.dtype, device=H.device), upper=True)
-        # One decade short of the rank cut, because the 1-norm overstates the condition number by up to the size.
+        # One decade short of the rank cut, because the Frobenius norm overstates the condition number by up to the size.
         if _condition(R, inverse) <= 0.1 / (max(k, B) * torch.finfo(H.dtype).eps):
             first, second = (Q, inverse.mT) if wide else (inverse, Q.mT)
             return PseudoInverse(first, second, min(k, B), "qr")
@@ -78,6 +78,6 @@ def factor(H: Tensor, gram: Tensor | None = None) -> PseudoInverse:
 
 
 def _condition(matrix: Tensor, inverse: Tensor) -> float:
-    """The 1-norm condition number, infinite where anything overflowed."""
-    value = float(matrix.abs().sum(0).max() * inverse.abs().sum(0).max())
+    """The condition number in the Frobenius norm, at most k times the true one; infinite where anything overflowed."""
+    value = float(torch.linalg.vector_norm(matrix) * torch.linalg.vector_norm(inverse))
     return value if value == value else float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy
@@ -52,7 +53,7 @@ def network(widths: tuple[int, ...], batch: int, seed: int = 0, bias: bool = Fal
     generator = torch.Generator().manual_seed(seed)
     weights = [
         torch.randn(after, before + bias, generator=generator, dtype=torch.float64) / before**0.5
-        for before, after in zip(widths, widths[1:], strict=False)
+        for before, after in itertools.pairwise(widths)
     ]
     return weights, torch.randn(widths[0], batch, generator=generator, dtype=torch.float64)
 
@@ -65,4 +66,4 @@ def elements(widths: list[int], seed: int = 1, size: float = 0.3) -> list[Tensor
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     """‖found − wanted‖ / ‖wanted‖."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
