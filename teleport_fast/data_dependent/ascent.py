@@ -41,7 +41,7 @@ class Path:
 def ascend_with_search(
     net: Network, frame: Frame, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int, group: str, radius: float
 ) -> Path:
-    """At most `steps` accepted steps g = exp(±t lr dJ/dT) (or I + …), ‖T‖_F at most radius, then t halved until J does not fall (rise) and stays under the cap."""
+    """At most `steps` accepted steps T = ±t lr dJ/dT, ‖T‖_F ≤ radius, t halved until J does not fall (rise) and keeps the cap."""
     path = Path(net, backward(net, loss), joint_factors(net, frame), None, [], "all steps done")
     if not math.isfinite(path.back.J):
         raise ValueError(f"the squared gradient norm is {path.back.J} before the teleport; check the weights and the loss")
