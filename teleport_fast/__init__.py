@@ -1,6 +1,6 @@
 """Teleportation along parameter symmetries for PyTorch: find them, move along them, train faster."""
 
-from teleport_fast import objectives, ops
+from teleport_fast import data_dependent, objectives, ops
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
 from teleport_fast.ops.backend import backends, set_backend
 from teleport_fast.optimizer import Teleport, attach
@@ -27,6 +27,7 @@ __all__ = [
     "When",
     "attach",
     "backends",
+    "data_dependent",
     "find_symmetries",
     "fold_norm_gains_",
     "objectives",

@@ -1,0 +1,141 @@
+"""Steps along the Lie-algebra gradient: a line search that never loses ground, a cap that holds after the step, the published loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teleport_fast.data_dependent.losses import OutputLoss
+from teleport_fast.data_dependent.moves import Frame, Moved, joint_factors, lie_gradient, move
+from teleport_fast.data_dependent.network import Backward, Network, backward, hessian_product
+from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse, factor
+from teleport_fast.data_dependent.report import StepRecord
+
+HALVINGS = 30
+# What one exact step may move the loss by: a hundredth of the digits that a well-conditioned element leaves.
+LOSS_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
+
+
+@dataclass
+class Path:
+    """Where the steps ended: the network, its gradients, the product of V-exact's factors of the first weight, and the records."""
+
+    net: Network
+    back: Backward
+    factors: list[PseudoInverse]
+    lead: Tensor | None
+    steps: list[StepRecord]
+    stopped: str
+    full_rank: bool = True
+
+    def append(self, moved: Moved, back: Backward, record: StepRecord) -> None:
+        self.net, self.back, self.factors = moved.net, back, moved.factors
+        if moved.lead is not None:
+            self.lead = moved.lead if self.lead is None else moved.lead @ self.lead
+        self.steps.append(record)
+
+
+def ascend_with_search(
+    net: Network, frame: Frame, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int, group: str, radius: float
+) -> Path:
+    """At most `steps` accepted steps T = ±t lr dJ/dT, ‖T‖_F ≤ radius, t halved until J does not fall (rise) and keeps the cap."""
+    path = Path(net, backward(net, loss), joint_factors(net, frame), None, [], "all steps done")
+    if not math.isfinite(path.back.J):
+        raise ValueError(f"the squared gradient norm is {path.back.J} before the teleport; check the weights and the loss")
+    all(inverse.full_columns for inverse in path.factors)
+    for _ in range(steps):
+        before = path.back
+        gradients = lie_gradient(path.net, before, hessian_product(path.net, before, loss), frame, path.factors)
+        scale = 1.0 / max(1.0, lr * max(float(gradient.norm()) for gradient in gradients) / radius)
+        for _ in range(HALVINGS):
+            Ts = [gradient * (sign * lr * scale) for gradient in gradients]
+            moved = _try(path.net, Ts, frame, group)
+            if moved is not None:
+                back = backward(moved.net, loss)
+                if math.isfinite(back.J) and sign * (back.J - before.J) >= 0 and (cap >= back.J or back.J <= before.J):
+                    path.append(moved, back, StepRecord(before.loss, before.J, Ts, scale))
+                    break
+            scale /= 2
+        else:
+            path.stopped = f"no step of {HALVINGS} halvings improves the objective within the cap"
+            break
+    return path
+
+
+def _improves(back: Backward, before: Backward, sign: int, cap: float) -> bool:
+    """J did not go the wrong way, and no step takes it over the cap."""
+    return math.isfinite(back.J) and sign * (back.J - before.J) >= 0 and (cap >= back.J or back.J <= before.J)
+
+
+def _keeps_loss(moved: Moved, back: Backward, before: Backward, exact: bool) -> bool:
+    """A step that the ranks make exact must be exact: beyond this the element is too large for the dtype. Others are reported."""
+    if not exact:
+        return math.isfinite(back.loss)
+    if not all(inverse.full_columns for inverse in moved.factors):
+        return False
+    tolerance = LOSS_TOLERANCE[moved.net.Z0.dtype]
+    return abs(back.loss - before.loss) <= tolerance * abs(before.loss) + torch.finfo(moved.net.Z0.dtype).eps
+
+
+def _try(net: Network, Ts: list[Tensor], frame: Frame, group: str) -> Moved | None:
+    """The move by exp(T) or I + T; None where it leaves the finite numbers or the activation's range."""
+    if group == "exp":
+        gs = [torch.linalg.matrix_exp(T) for T in Ts]
+        inverses = [torch.linalg.matrix_exp(-T) for T in Ts] if frame.form == "u_exact" else None
+    else:
+        gs = [identity_plus(T) for T in Ts]
+        inverses = [torch.linalg.inv_ex(g)[0] for g in gs] if frame.form == "u_exact" else None
+    if not all(bool(torch.isfinite(g).all()) for g in [*gs, *(inverses or [])]):
+        return None
+    try:
+        moved = move(net, gs, inverses, frame)
+    except torch.linalg.LinAlgError:
+        return None
+    return moved if bool(torch.isfinite(moved.net.outputs).all()) else None
+
+
+def published_v_exact(net: Network, frame: Frame, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int) -> Path:
+    """The ICLR 2024 loop step by step, fixed lr and stale inputs h ← (I + T)h, with the closed form for its double backward.
+
+    Right where σ(Z) has full row rank; `full_rank` False says that it was not, and nothing after that step can be used.
+    """
+    path = Path(net, backward(net, loss), [], None, [], "all steps done")
+    stale: list[Tensor] = [h for h in net.inputs[1:] if h is not None]
+    for _ in range(steps):
+        before = path.back
+        if cap < before.J:
+            path.steps.append(StepRecord(before.loss, before.J, [], 0.0))
+            path.stopped = f"squared gradient norm {before.J:.3g} over the cap {cap:.3g}"
+            break
+        # σ((I + T)Z₀) was factored by the step before; the other joints' inputs have gone stale since.
+        factors = path.factors[:1]
+        for m in range(len(factors), len(net.tail)):
+            Z = path.net.Z0 if m == 0 else path.net.tail[m - 1] @ stale[m - 1]
+            factors = [*factors, factor_of(path.net, Z)]
+        if not all(inverse.full_rows for inverse in factors):
+            path.full_rank = False
+            break
+        gradients = lie_gradient(path.net, before, hessian_product(path.net, before, loss), frame, factors, stale)
+        Ts = [gradient * (sign * lr) for gradient in gradients]
+        gs = [identity_plus(T) for T in Ts]
+        moved = move(path.net, gs, None, frame, stale)
+        stale = [g @ h for g, h in zip(gs, stale, strict=True)]
+        path.append(moved, backward(moved.net, loss), StepRecord(before.loss, before.J, Ts, 1.0))
+    return path
+
+
+def factor_of(net: Network, Z: Tensor) -> PseudoInverse:
+    """σ(Z), factored."""
+    return factor(net.activation.function(Z))
+
+
+def identity_plus(T: Tensor) -> Tensor:
+    """I + T."""
+    g = T.clone()
+    g.diagonal().add_(1)
+    return g
+
+

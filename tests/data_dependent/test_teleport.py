@@ -1,0 +1,92 @@
+"""A teleport never ends below where it began, keeps its cap, says when it is noise, and takes back what more data refuses."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning, RoundOffWarning, reference
+
+from .conftest import network, relative
+from .test_lie_gradient import squared_norm
+
+WIDTHS, BATCH = (14, 12, 11, 10, 3), 8
+LOSS = CrossEntropy(torch.arange(BATCH) % 3)
+
+
+def action_of(form: str, dtype: torch.dtype = torch.float64) -> MLPAction:
+    weights, X = network(WIDTHS, BATCH)
+    return MLPAction([W.to(dtype) for W in weights], X.to(dtype), form=form)
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-2, 1e3])
+@pytest.mark.parametrize("ascend", [True, False])
+@pytest.mark.parametrize("form", ["u_exact", "v_exact"])
+def test_the_objective_goes_the_right_way_at_any_lr_and_the_loss_stands(form: str, ascend: bool, lr: float) -> None:
+    action = action_of(form)
+    result = action.teleport(LOSS, 4, lr, ascend=ascend)
+    before, after = squared_norm(action, action.weights, LOSS), squared_norm(action, result.weights, LOSS)
+    assert after > before if ascend else after < before
+    assert result.report.objective_before == pytest.approx(before, rel=1e-9)
+    assert result.report.objective_after == pytest.approx(after, rel=1e-9 if lr < 1 else 1e-6)
+    # lr 1e3 takes four steps of ‖T‖ = 1: elements with condition numbers in the thousands.
+    assert result.report.loss_change is not None
+    assert abs(result.report.loss_change) <= (1e-12 if lr < 1 else 1e-9) * float(LOSS(action.outputs()))
+
+
+def test_the_published_loop_passes_its_cap_and_ours_does_not() -> None:
+    start = float(squared_norm(action_of("v_exact"), action_of("v_exact").weights, LOSS))
+    cap = 1.2 * start
+    ours = action_of("v_exact").teleport(LOSS, 10, 1.0, cap=cap).report
+    assert start < ours.objective_after <= cap
+    published = action_of("v_exact").teleport(LOSS, 10, 1.0, cap=cap, parity=True).report
+    assert published.objective_after > cap
+
+
+def test_round_off_in_float32_is_said() -> None:
+    with pytest.warns(RoundOffWarning, match=r"float32's round-off"):
+        assert action_of("u_exact", torch.float32).teleport(LOSS, 1, 1e-9).report.at_round_off
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not action_of("u_exact").teleport(LOSS, 1, 1e-3).report.at_round_off
+
+
+def test_a_teleport_that_more_data_refuses_is_undone() -> None:
+    action = action_of("u_exact")
+    calls = iter([1.0, 5.0])
+    result = action.teleport(LOSS, 3, 1e-2, recheck=lambda weights: next(calls))
+    assert result.report.undone and result.report.stopped.startswith("undone")
+    assert all(torch.equal(new, old) for new, old in zip(result.weights, action.weights, strict=True))
+    assert not action.teleport(LOSS, 3, 1e-2, recheck=lambda weights: LOSS(action.outputs(weights))).report.undone
+
+
+def test_the_fast_published_loop_is_the_double_backward_one() -> None:
+    weights, X = network((20, 8, 6, 3), 30)
+    loss = CrossEntropy(torch.arange(30) % 3)
+    action = MLPAction(weights, X, form="v_exact")
+    with pytest.warns(RankWarning):
+        fast = action.teleport(loss, 6, 1e-2, parity=True)
+    slow, _ = reference.published_teleport(
+        weights, X, loss, "iclr24", action.activation, 6, 1e-2, math.inf, True, lambda *record: None
+    )
+    for found, wanted in zip(fast.weights, slow, strict=True):
+        assert relative(found, wanted) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"radius": -1.0}, "radius must be positive"),
+        ({"steps": -1}, "steps must not be negative"),
+        ({"cap": 0.0}, "cap must be positive"),
+        ({"group": "cayley"}, "group must be"),
+        ({"parity": "iclr24"}, "parity must be one of"),
+    ],
+)
+def test_bad_arguments_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        action_of("u_exact").teleport(LOSS, **change)  # type: ignore[arg-type]
