@@ -41,10 +41,10 @@ from teleport_fast.kernels.views import (
 )
 
 # Columns of a tile and warps, by bytes of an accumulated entry and padded width; entries of a pointwise tile. In float32
-# nothing spills on sm_80 (255 registers at h = 128); bench/resources_triton.md does not list this kernel yet. Speed
+# nothing spills on sm_80; 32 columns at h = 128 spilled 32 bytes on sm_90. bench/resources_triton.md does not list this kernel yet. Speed
 # unmeasured, no GPU was at hand.
 TUNED = {
-    4: {16: (32, 4), 32: (32, 4), 64: (32, 8), 128: (32, 8)},
+    4: {16: (32, 4), 32: (32, 4), 64: (32, 8), 128: (16, 8)},
     8: {16: (32, 4), 32: (16, 4), 64: (16, 8), 128: (16, 8)},
 }
 POINTWISE, WARPS, WIDEST = 1024, 8, 128
