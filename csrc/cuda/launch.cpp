@@ -4,6 +4,7 @@
 // here again where a wrong one would be a memory error.
 #include <tuple>
 
+#include "activation_action.h"
 #include "covariance.h"
 #include "diagonal_action.h"
 #include "grad_norm_objective.h"
@@ -261,6 +262,25 @@ std::tuple<Tensor, Tensor> matrix_exp_pair(Tensor matrices) {
   return {plus, minus};
 }
 
+Tensor act(const char* op, const Tensor& Z, const Tensor& matrix, const Tensor& slope, bool tangent) {
+  const Call call(op, Z);
+  STD_TORCH_CHECK(Z.dim() == 3, op, ": Z must be (batch, h, B)");
+  const int64_t batch = Z.size(0), h = Z.size(1), columns = Z.size(2);
+  const bool float64 = is_double(Z), shared = matrix.dim() == 3 && matrix.size(0) == 1;
+  call.expect(matrix, {shared ? 1 : batch, h, h}, accumulator(float64), "the matrix");
+  call.expect(slope, {h}, accumulator(float64), "the slopes");
+  const View view = call.view(Z, batch, h, float64, 0);
+  Tensor out = call.empty({batch, h, columns}, Z.scalar_type());
+  if (batch * h * columns == 0) return out;
+  call.launched(tf_cuda_activation_action(&view, matrix.data_ptr(), shared ? 0 : h * h, slope.data_ptr(), out.data_ptr(), tangent,
+                                          call.stream));
+  return out;
+}
+
+Tensor activation_action(Tensor Z, Tensor g, Tensor slope) { return act("activation_action", Z, g, slope, false); }
+
+Tensor activation_action_tangent(Tensor Z, Tensor M, Tensor slope) { return act("activation_action_tangent", Z, M, slope, true); }
+
 }  // namespace
 }  // namespace teleport_fast
 
@@ -275,4 +295,6 @@ STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CUDA, m) {
   m.impl("diagonal_action_", TORCH_BOX(&teleport_fast::diagonal_action_));
   m.impl("permutation_action_", TORCH_BOX(&teleport_fast::permutation_action_));
   m.impl("teleport_adamw_", TORCH_BOX(&teleport_fast::teleport_adamw_));
+  m.impl("activation_action", TORCH_BOX(&teleport_fast::activation_action));
+  m.impl("activation_action_tangent", TORCH_BOX(&teleport_fast::activation_action_tangent));
 }
