@@ -1,7 +1,8 @@
 """Teleportation along parameter symmetries for PyTorch: find them, move along them, train faster."""
 
-from teleport_fast import data_dependent, objectives, ops
+from teleport_fast import data_dependent, minima, objectives, ops
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
+from teleport_fast.minima import curvature, sharpness
 from teleport_fast.ops.backend import backends, set_backend
 from teleport_fast.optimizer import Teleport, attach
 from teleport_fast.schedule import At, Every, Once, Schedule, StepInfo, When
@@ -27,10 +28,13 @@ __all__ = [
     "When",
     "attach",
     "backends",
+    "curvature",
     "data_dependent",
     "find_symmetries",
     "fold_norm_gains_",
+    "minima",
     "objectives",
     "ops",
     "set_backend",
+    "sharpness",
 ]
