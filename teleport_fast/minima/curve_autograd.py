@@ -24,16 +24,16 @@ def lie_curve(action: MLPAction, Ms: Sequence[Tensor]) -> Curve:
     >>> torch.allclose(curve(torch.tensor(1.0, dtype=torch.float64))[1], W[1] / torch.e)
     True
     """
-    generators, single = check_generators(action, Ms)
-    if not single:
+    generators = check_generators(action, Ms)
+    if generators[0].dim() == 3:
         raise ValueError(f"Ms must be without draws here, got {tuple(Ms[0].shape)}; pass one M per hidden layer")
     if action.bias:
         raise ValueError("action must be without biases, got bias=True; use teleport_fast.curvature, which has them")
     inputs = reference.forward(action.weights, action.X, action.activation)
 
     def curve(t: Tensor) -> tuple[Tensor, ...]:
-        gs = [torch.linalg.matrix_exp(t * M[0]) for M in generators]
-        inverses = [torch.linalg.matrix_exp(-t * M[0]) for M in generators]
+        gs = [torch.linalg.matrix_exp(t * M) for M in generators]
+        inverses = [torch.linalg.matrix_exp(-t * M) for M in generators]
         return tuple(reference.act(
             action.weights, gs, inverses, inputs, action.form, action.activation, action.keep_null_space
         ))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from teleport_fast.data_dependent.activation import Activation
 from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse
 
 
-@dataclass(frozen=True)
 class Jet:
     """x(0), x'(0), x''(0): value (k, n), derivatives (draws, k, n) or broadcasting to it.
 
@@ -20,9 +17,10 @@ class Jet:
     tensor([[2.]])
     """
 
-    value: Tensor
-    first: Tensor
-    second: Tensor
+    __slots__ = ("first", "second", "value")
+
+    def __init__(self, value: Tensor, first: Tensor, second: Tensor) -> None:
+        self.value, self.first, self.second = value, first, second
 
     def __matmul__(self, other: Jet) -> Jet:
         """Leibniz: (ab)'' = a''b + 2a'b' + ab''."""
@@ -37,10 +35,6 @@ class Jet:
 
     def __sub__(self, other: Jet) -> Jet:
         return Jet(self.value - other.value, self.first - other.first, self.second - other.second)
-
-    def right(self, constant: Tensor) -> Jet:
-        """x C with a constant C."""
-        return Jet(self.value @ constant, self.first @ constant, self.second @ constant)
 
     def left(self, constant: Tensor) -> Jet:
         """C x with a constant C."""
@@ -59,9 +53,21 @@ def constant(value: Tensor) -> Jet:
     return Jet(value, zero, zero)
 
 
-def exponential(M: Tensor, sign: float = 1.0) -> Jet:
-    """exp(± t M): I, ±M, M²."""
-    return Jet(torch.eye(M.shape[-1], dtype=M.dtype, device=M.device), sign * M, M @ M)
+def turned(M: Tensor, H: Jet) -> Jet:
+    """exp(tM) H: MH + H' and M(MH + 2H') + H''."""
+    MH = M @ H.value
+    return Jet(H.value, MH + H.first, M @ (MH + 2 * H.first) + H.second)
+
+
+def turned_constant(M: Tensor, H: Tensor) -> Jet:
+    """exp(tM) H of an H that stays: MH and M²H, in one product."""
+    return Jet(H, *(torch.cat([M, M @ M], -2) @ H).tensor_split(2, -2))
+
+
+def turned_back(U: Jet, M: Tensor) -> Jet:
+    """U exp(−tM): U' − UM and U'' − (2U' − UM)M."""
+    UM = U.value @ M
+    return Jet(U.value, U.first - UM, U.second - (2 * U.first - UM) @ M)
 
 
 def activated(Z: Jet, activation: Activation) -> Jet:
@@ -83,25 +89,49 @@ def deactivated(H: Jet, Z: Tensor, activation: Activation) -> Jet:
     return Jet(Z, first, second / slope)
 
 
-def pseudo_inverse(h: Jet, inverse: PseudoInverse) -> Jet:
-    """h⁺ (n, k) of h (k, n) whose rank stays the same along the curve (Golub and Pereyra, 1973), differentiated once more.
+def with_pseudo_inverse(A: Jet, h: Jet, inverse: PseudoInverse) -> Jet:
+    """A h⁺ of A (m, n) and h (k, n) whose rank stays the same along the curve.
 
-    P' = −P h' P + PPᵀ h'ᵀ(I − hP) + (I − Ph)h'ᵀ PᵀP, bracketed so that no (n, n) matrix is formed.
+    P' = −P h' P + PPᵀ h'ᵀ(I − hP) + (I − Ph)h'ᵀ PᵀP (Golub and Pereyra, 1973), and its derivative, bracketed so that no (n, n)
+    matrix is formed.
     """
+    P, dP = inverse.dense(), _first(h, inverse)
+    AP = A.value @ P
+    first = A.first @ P + A.value @ dP
+    second = A.second @ P + 2 * (A.first @ dP) + A.value @ _second(h, inverse, dP)
+    return Jet(AP, first, second)
+
+
+def from_zero_with_pseudo_inverse(A: Jet, h: Jet, inverse: PseudoInverse) -> Jet:
+    """A h⁺ of an A that is 0 at the start: A'P and A''P + 2A'P', without P''."""
+    n = A.first.shape[-2]
+    both = torch.cat([A.first, A.second], -2)
+    first, second = inverse.right(both).tensor_split([n], -2)
+    return Jet(first.new_zeros(first.shape[-2:]), first, second + 2 * (A.first @ _first(h, inverse)))
+
+
+def _first(h: Jet, inverse: PseudoInverse) -> Tensor:
+    P, H, dH = inverse.dense(), h.value, h.first
+    turn = (dH.mT @ P.mT) @ P
+    first = turn - P @ (H @ turn) - P @ (dH @ P)
+    if inverse.full_rows:
+        return first
+    return first + P @ (P.mT @ (dH.mT @ _rest(H, P)))
+
+
+def _second(h: Jet, inverse: PseudoInverse, first: Tensor) -> Tensor:
     P, H, dH, ddH = inverse.dense(), h.value, h.first, h.second
-    rest = torch.eye(len(H), dtype=H.dtype, device=H.device) - H @ P
-    W = P.mT @ P
-
-    def outside(A: Tensor) -> Tensor:
-        return A - P @ (H @ A)
-
-    first = -P @ (dH @ P) + P @ (P.mT @ (dH.mT @ rest)) + outside(dH.mT @ W)
+    rest, W = _rest(H, P), P.mT @ P
     d_rest = -(dH @ P) - H @ first
-    dW = first.mT @ P + P.mT @ first
-    second = (
+    turn, d_turn = dH.mT @ W, ddH.mT @ W + dH.mT @ (first.mT @ P + P.mT @ first)
+    return (
         -first @ (dH @ P) - P @ (ddH @ P) - P @ (dH @ first)
         + first @ (P.mT @ (dH.mT @ rest)) + P @ (first.mT @ (dH.mT @ rest))
         + P @ (P.mT @ (ddH.mT @ rest)) + P @ (P.mT @ (dH.mT @ d_rest))
-        + outside(ddH.mT @ W) + outside(dH.mT @ dW) - first @ (H @ (dH.mT @ W)) - P @ (dH @ (dH.mT @ W))
+        + d_turn - P @ (H @ d_turn) - first @ (H @ turn) - P @ (dH @ turn)
     )
-    return Jet(P, first, second)
+
+
+def _rest(H: Tensor, P: Tensor) -> Tensor:
+    """I − HP: the part of the space that the batch does not see."""
+    return torch.eye(len(H), dtype=H.dtype, device=H.device) - H @ P

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from teleport_fast.minima.point import Closure, check_graph, checked_loss, check
 Product = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Spectrum:
+class Spectrum(NamedTuple):
     """`eigenvalues` (k,) largest first, `vectors` (P, k), `residuals` ‖Hv − λv‖ (k,), Hessian-vector `products` taken.
 
     >>> Spectrum(torch.tensor([3.0, 2.0, 0.1]), torch.eye(5, 3), torch.zeros(3), 5, 5).count_under(1.0)

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from teleport_fast.data_dependent.action import MLPAction
 from teleport_fast.data_dependent.pseudo_inverse import factor
-from teleport_fast.minima.jet import Jet, activated, constant, deactivated, exponential, pseudo_inverse
+from teleport_fast.minima.jet import (
+    Jet,
+    activated,
+    constant,
+    deactivated,
+    from_zero_with_pseudo_inverse,
+    turned,
+    turned_back,
+    turned_constant,
+    with_pseudo_inverse,
+)
 
 
 def curve_derivatives(
@@ -28,26 +38,26 @@ def curve_derivatives(
     >>> torch.allclose(first[1], -W[1] @ M)
     True
     """
-    generators, single = check_generators(action, Ms)
-    if interactions:
-        layers = _jets(action, generators)
-        parts = [([jet.first for jet in layers], [jet.second for jet in layers])]
-    else:
-        parts = []
-        for m in range(len(generators)):
-            layers = _jets(action, [M if m == n else torch.zeros_like(M) for n, M in enumerate(generators)])
-            parts.append(([jet.first for jet in layers], [jet.second for jet in layers]))
-    draws = len(generators[0])
-    totals = []
-    for which in (0, 1):
-        layers_of = zip(*(part[which] for part in parts), strict=True)
-        total = [torch.stack([x.expand(draws, *W.shape) for x in xs]).sum(0) for xs, W in zip(layers_of, action.weights, strict=True)]
-        totals.append([x[0] for x in total] if single else total)
-    return totals[0], totals[1]
+    generators = check_generators(action, Ms)
+    runs = [generators]
+    if not interactions:
+        joints = range(len(generators))
+        runs = [[M if m == n else torch.zeros_like(M) for n, M in enumerate(generators)] for m in joints]
+    layers = [_u_exact(action, run) if action.form == "u_exact" else _v_exact(action, run) for run in runs]
+    shapes = [(*generators[0].shape[:-2], *W.shape) for W in action.weights]
+    first = [_sum([jets[n].first for jets in layers], shape) for n, shape in enumerate(shapes)]
+    return first, [_sum([jets[n].second for jets in layers], shape) for n, shape in enumerate(shapes)]
 
 
-def check_generators(action: MLPAction, Ms: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
-    """(Ms as (draws, h, h) in the weights' dtype, whether they came without draws); ValueError unless they fit the action."""
+def _sum(terms: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total.expand(shape)
+
+
+def check_generators(action: MLPAction, Ms: Sequence[Tensor]) -> list[Tensor]:
+    """Ms in the weights' dtype; ValueError unless they fit the action."""
     if action.hidden != "recomputed":
         raise ValueError(f"action must recompute hidden inputs, got hidden={action.hidden!r}, along which exp(tM) is no group action")
     if len(Ms) != len(action.widths):
@@ -57,72 +67,81 @@ def check_generators(action: MLPAction, Ms: Sequence[Tensor]) -> tuple[list[Tens
             raise ValueError(f"Ms[{m}] must be ({k}, {k}) or (draws, {k}, {k}) with as many draws as Ms[0], got {tuple(M.shape)}")
         if not bool(torch.isfinite(M).all()):
             raise ValueError(f"Ms[{m}] must be finite, got NaN or infinity")
-    single = Ms[0].dim() == 2
-    return [(M.unsqueeze(0) if single else M).detach().to(action.X) for M in Ms], single
-
-
-def _jets(action: MLPAction, Ms: Sequence[Tensor]) -> list[Jet]:
-    """The weights as jets, joint after joint as in the finite move."""
-    return _u_exact(action, Ms) if action.form == "u_exact" else _v_exact(action, Ms)
+    return [M.detach().to(action.X) for M in Ms]
 
 
 def _u_exact(action: MLPAction, Ms: Sequence[Tensor]) -> list[Jet]:
-    sigma, frame, keep = action.activation, action._shared(), action.keep_null_space
-    assert frame.X_inverse is not None
+    """The weights as jets, joint after joint as in the finite move."""
+    sigma, keep = action.activation, action.keep_null_space
     jets = [constant(W) for W in action.weights]
+    Z = _start(action)
     h: Jet | None = None
     for m, M in enumerate(Ms):
-        Z = constant(action._network().Z0) if h is None else jets[m] @ h
-        target = deactivated(exponential(M) @ activated(Z, sigma), Z.value, sigma)
+        target = deactivated(turned(M, activated(Z, sigma)), Z.value, sigma)
         change = target - Z if keep else target
         if h is None:
-            X_inverse = frame.X_inverse
-            weight = Jet(X_inverse.right(change.value), X_inverse.right(change.first), X_inverse.right(change.second))
-            moved = Jet(frame.project(change.value), frame.project(change.first), frame.project(change.second))
-            Z_new = Z + moved if keep else moved
-            jets[m] = jets[m] + weight if keep else weight
+            jets[0], Z = _first_layer(action, Z, change)
         else:
-            weight = change @ pseudo_inverse(h, factor(h.value))
-            jets[m] = jets[m] + weight if keep else weight
-            Z_new = jets[m] @ h
-        jets[m + 1] = _read(action, jets[m + 1], exponential(M, -1.0))
+            inverse = factor(h.value)
+            if keep:
+                jets[m] = jets[m] + from_zero_with_pseudo_inverse(change, h, inverse)
+            else:
+                jets[m] = with_pseudo_inverse(change, h, inverse)
+            Z = jets[m] @ h if m + 1 < len(Ms) else Z
+        reader = turned_back(_reader(action, jets[m + 1]), M)
+        jets[m + 1] = _beside_bias(action, reader, m + 1)
         if m + 1 < len(Ms):
-            h = activated(Z_new, sigma)
+            h = activated(Z, sigma)
             h = h.with_row(1.0) if action.bias else h
+            Z = jets[m + 1] @ h
     return jets
+
+
+def _first_layer(action: MLPAction, Z: Jet, change: Jet) -> tuple[Jet, Jet]:
+    """(the first weight, Z of the first layer) after its pre-activations were asked to change."""
+    frame, keep, k = action._shared(), action.keep_null_space, len(action.weights[0])
+    assert frame.X_inverse is not None
+    derivatives = frame.X_inverse.right(torch.cat([change.first, change.second], -2)).tensor_split([k], -2)
+    value = action.weights[0] if keep else frame.X_inverse.right(change.value)
+    moved = Jet(change.value, frame.project(change.first), frame.project(change.second))
+    return Jet(value, *derivatives), Jet(Z.value if keep else frame.project(change.value), moved.first, moved.second)
 
 
 def _v_exact(action: MLPAction, Ms: Sequence[Tensor]) -> list[Jet]:
-    sigma, keep = action.activation, action.keep_null_space
+    """The weights as jets, joint after joint as in the finite move."""
+    sigma = action.activation
     jets = [constant(W) for W in action.weights]
-    Z = constant(action._network().Z0)
+    Z = _start(action)
     for m, M in enumerate(Ms):
-        g = exponential(M)
-        H, H_new = activated(Z, sigma), activated(g @ Z, sigma)
-        jets[m] = g @ jets[m]
-        U = action.weights[m + 1][:, :-1] if action.bias else action.weights[m + 1]
-        inverse = pseudo_inverse(H_new, factor(H_new.value))
-        reader = (H - H_new if keep else H).left(U) @ inverse
-        if keep:
-            reader = reader + constant(U)
-        jets[m + 1] = _with_bias(action, reader, m + 1)
-        Z = jets[m + 1] @ (H_new.with_row(1.0) if action.bias else H_new)
+        H, H_new = activated(Z, sigma), activated(turned(M, Z), sigma)
+        jets[m] = turned(M, jets[m]) if m else turned_constant(M, action.weights[0])
+        U = _reader(action, jets[m + 1])
+        inverse = factor(H_new.value)
+        if action.keep_null_space:
+            reader = U + from_zero_with_pseudo_inverse((H - H_new).left(U.value), H_new, inverse)
+        else:
+            reader = with_pseudo_inverse(H.left(U.value), H_new, inverse)
+        jets[m + 1] = _beside_bias(action, reader, m + 1)
+        if m + 1 < len(Ms):
+            Z = jets[m + 1] @ (H_new.with_row(1.0) if action.bias else H_new)
     return jets
 
 
-def _read(action: MLPAction, weight: Jet, inverse: Jet) -> Jet:
-    """The reader U g⁻¹, its bias column left alone."""
-    return _join(weight, Jet(*(x[..., :-1] for x in (weight.value, weight.first, weight.second))) @ inverse) if action.bias else (
-        weight @ inverse
-    )
+def _start(action: MLPAction) -> Jet:
+    return constant(action.weights[0] @ action._X)
 
 
-def _with_bias(action: MLPAction, reader: Jet, layer: int) -> Jet:
+def _reader(action: MLPAction, weight: Jet) -> Jet:
+    """U without its bias column."""
+    if not action.bias:
+        return weight
+    return Jet(weight.value[..., :-1], weight.first[..., :-1], weight.second[..., :-1])
+
+
+def _beside_bias(action: MLPAction, reader: Jet, layer: int) -> Jet:
     """The reader with its layer's bias column, which does not move."""
-    return _join(constant(action.weights[layer]), reader) if action.bias else reader
-
-
-def _join(weight: Jet, reader: Jet) -> Jet:
-    """`reader` beside the last column of `weight`."""
-    pairs = zip((weight.value, weight.first, weight.second), (reader.value, reader.first, reader.second), strict=True)
-    return Jet(*(torch.cat([new, old[..., -1:].expand(*new.shape[:-1], 1)], -1) for old, new in pairs))
+    if not action.bias:
+        return reader
+    column = action.weights[layer][:, -1:]
+    value = torch.cat([reader.value, column], -1)
+    return Jet(value, torch.nn.functional.pad(reader.first, (0, 1)), torch.nn.functional.pad(reader.second, (0, 1)))
