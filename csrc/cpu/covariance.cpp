@@ -11,7 +11,8 @@
 namespace teleport_fast {
 namespace {
 
-// Panels of a part: a tensor of more than 3,072 columns (4,096 where float32 rows are contiguous) is shared by threads. It must not depend on their number.
+// Panels of a part: a tensor of more than 3,072 columns (4,096 where float32 rows are contiguous) is shared by threads. It must not
+// depend on their number.
 constexpr int64_t kPartPanels = 16;
 // Grams that an item keeps at hand: a quarter of a second-level cache.
 constexpr int64_t kItemBytes = 128 << 10;
