@@ -11,7 +11,8 @@
 namespace teleport_fast {
 namespace {
 
-// Panels of a part: a tensor of more than 3,072 columns is shared by threads. It must not depend on their number.
+// Panels of a part: a tensor of more than 3,072 columns (4,096 where float32 rows are contiguous) is shared by threads. It must not
+// depend on their number.
 constexpr int64_t kPartPanels = 16;
 // Grams that an item keeps at hand: a quarter of a second-level cache.
 constexpr int64_t kItemBytes = 128 << 10;
@@ -24,11 +25,12 @@ struct Plan {
   std::vector<int64_t> first_panel{0}, first_part{0};
 
   void add(const View& view) {
-    const bool heads_inside = view.row_step == 1 && view.inner_step != 1;
-    for (int64_t first = 0; first < view.columns(); first += kGramDepth) {
-      const int64_t segment = int64_t(segments.size()), count = std::min(kGramDepth, view.columns() - first);
+    const bool dots = gram_dots(view), heads_inside = view.row_step == 1 && view.inner_step != 1;
+    const int64_t depth = dots ? gram_depth(view, view.columns()) : kGramDepth;
+    for (int64_t first = 0; first < view.columns(); first += depth) {
+      const int64_t segment = int64_t(segments.size()), count = std::min(depth, view.columns() - first);
       segments.push_back({&view, first, count});
-      panels.push_back({segment, segment + 1, count, 1, heads_inside});
+      panels.push_back({segment, segment + 1, count, 1, dots, heads_inside});
     }
     first_panel.push_back(int64_t(panels.size()));
     const int64_t count = first_panel.back() - first_panel[first_panel.size() - 2];
@@ -80,7 +82,7 @@ void covariance_(Tensor covariance, std::vector<Tensor> tensors, double decay, i
   const int64_t groups = (heads + group - 1) / group, units = int64_t(plan.panels.size()) * groups;
   const int64_t unit_work = kGramDepth * h * h / 2 * std::min(group, heads);
   torch::stable::parallel_for(0, units, std::max<int64_t>(1, kWorthAThread / unit_work), [&](int64_t begin, int64_t end) {
-    const Scratch packed = allocate(gram_row_bytes(h, element) * kGramDepth);
+    const Scratch packed = allocate(gram_scratch_bytes(h, element));
     size_t t = std::upper_bound(plan.first_panel.begin(), plan.first_panel.end(), begin / groups) - plan.first_panel.begin() - 1;
     for (int64_t panel = begin / groups; panel * groups < end; ++panel) {
       while (panel >= plan.first_panel[t + 1]) ++t;

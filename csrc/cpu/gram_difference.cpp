@@ -22,12 +22,13 @@ struct Plan {
   std::vector<GramPanel> panels;
   std::vector<int64_t> first_panel;  // of each joint, and the end
 
-  void add(const View& view, int32_t sign, int64_t joint, int64_t depth) {
+  void add(const View& view, int32_t sign, int64_t joint, int64_t columns) {
+    const int64_t depth = gram_depth(view, columns);
+    const bool dots = gram_dots(view), heads_inside = view.row_step == 1 && view.inner_step != 1;
     for (int64_t first = 0; first < view.columns();) {
       const bool fresh = int64_t(panels.size()) == first_panel[joint] || panels.back().sign != sign ||
-                         panels.back().depth == depth;
-      const bool heads_inside = view.row_step == 1 && view.inner_step != 1;
-      if (fresh) panels.push_back({int64_t(segments.size()), int64_t(segments.size()), 0, sign, heads_inside});
+                         panels.back().dots != dots || panels.back().depth >= depth;
+      if (fresh) panels.push_back({int64_t(segments.size()), int64_t(segments.size()), 0, sign, dots, heads_inside});
       GramPanel& panel = panels.back();
       const int64_t count = std::min(depth - panel.depth, view.columns() - first);
       segments.push_back({&view, first, count});
@@ -50,9 +51,8 @@ Plan plan_panels(const std::vector<Tensor>& plus, const std::vector<Tensor>& min
     int64_t columns = 0;
     for (int64_t i = 0; i < plus_run; ++i) columns += plus_views[i].columns();
     for (int64_t i = 0; i < minus_run; ++i) columns += minus_views[i].columns();
-    const int64_t depth = gram_depth(columns);
-    for (int64_t i = 0; i < plus_run; ++i) plan.add(plus_views[i], -1, joint, depth);
-    for (int64_t i = 0; i < minus_run; ++i) plan.add(minus_views[i], 1, joint, depth);
+    for (int64_t i = 0; i < plus_run; ++i) plan.add(plus_views[i], -1, joint, columns);
+    for (int64_t i = 0; i < minus_run; ++i) plan.add(minus_views[i], 1, joint, columns);
   }
   plan.first_panel.push_back(int64_t(plan.panels.size()));
   return plan;
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> gram_difference(std::vector<Tensor> plus, std::vector
   const int64_t items = first_item[joints], work = int64_t(plan.panels.size()) * kGramDepth * heads * h * h / 2;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread * items / std::max<int64_t>(1, work));
   torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    const Scratch packed = allocate(gram_row_bytes(h, element) * kGramDepth);
+    const Scratch packed = allocate(gram_scratch_bytes(h, element));
     int64_t joint = std::upper_bound(first_item.begin(), first_item.end(), begin) - first_item.begin() - 1;
     for (int64_t item = begin; item < end; ++item) {
       while (item >= first_item[joint + 1]) ++joint;

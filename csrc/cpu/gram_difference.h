@@ -8,12 +8,28 @@ namespace teleport_fast {
 
 // Most columns of a panel: two strips of two AVX2 vectors, 24 KB together, stay in a first-level cache of 32 KB.
 constexpr int64_t kGramDepth = 192;
+// Most bytes of a row, where a panel's rows are copied as they are, and their distance (1,536 bytes: 1.1 times as long at width 16).
+constexpr int64_t kGramDotBytes = 1024, kGramDotPitch = kGramDotBytes + 64;
+// Runs of columns from which on rows are copied, not transposed.
+constexpr int64_t kGramDotRun = 64;
 
-// Columns of a panel, which is the length of a running sum: as long as the error stays at torch's own, whose sums grow with the
-// number of columns too (192 terms: 1.0 times its error for 1,000 columns, 2.2 times for 128).
-inline int64_t gram_depth(int64_t columns) { return columns <= 192 ? 32 : columns <= 600 ? 96 : kGramDepth; }
+// Whether a view's columns are contiguous: then its Gram is of dot products, with the lanes along the columns.
+inline bool gram_dots(const View& view) { return view.inner_step == 1 && view.row_step != 1 && view.inner >= kGramDotRun; }
+
+// Columns of a view's panels. Elsewhere it is the length of a running sum: as long as the error stays at torch's own, whose sums
+// grow with the number of columns too (192 terms: 1.0 times its error for 1,000 columns, 2.2 times for 128). Dot products have
+// a sum in every lane.
+inline int64_t gram_depth(const View& view, int64_t columns) {
+  if (gram_dots(view)) return kGramDotBytes / (view.storage == Storage::Float64 ? 8 : 4);
+  return columns <= 192 ? 32 : columns <= 600 ? 96 : kGramDepth;
+}
 // Rows of a panel and of a partial sum are padded to the widest strip of any instruction set.
 inline int64_t gram_row_bytes(int64_t h, int64_t element) { return (h > 0 ? h * element + 127 : 128) / 128 * 128; }
+// Memory for one panel, of either kind.
+inline int64_t gram_scratch_bytes(int64_t h, int64_t element) {
+  const int64_t strips = gram_row_bytes(h, element) * kGramDepth, dots = h * kGramDotPitch;
+  return strips > dots ? strips : dots;
+}
 
 // A run of columns of one view.
 struct GramSegment {
@@ -21,10 +37,11 @@ struct GramSegment {
   int64_t first, count;
 };
 
-// Segments of one sign that are packed and multiplied together; `depth` columns, at most kGramDepth.
+// Segments of one sign that are packed and multiplied together; `depth` columns.
 struct GramPanel {
   int64_t first_segment, end_segment, depth;
   int32_t sign;
+  bool dots;
   bool heads_inside;  // rows are contiguous, so that the next head lies nearer than the next columns
 };
 

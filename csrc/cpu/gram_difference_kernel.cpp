@@ -1,5 +1,7 @@
-// gram_difference for one instruction set: packs panels of columns and adds their symmetric products, lower half only.
+// gram_difference for one instruction set: packs panels of columns and adds their symmetric products, lower half only; panels
+// whose rows are contiguous go to gram_dots.h.
 #include "gram_difference.h"
+#include "gram_dots.h"
 #include "vec.h"
 
 namespace teleport_fast::TELEPORT_FAST_ISA {
@@ -101,6 +103,7 @@ void add_squares(const T* strip, int64_t depth, T* squares) {
 // partial += sign * (one head's columns of a panel) * (the same)ᵀ, lower half.
 template <class T>
 void add_panel(const GramItem& item, const GramPanel& panel, int64_t head) {
+  if (panel.dots) return add_dots<T>(item, panel, head);
   constexpr int width = kStrip<T>, lanes = kLanes<T>;
   const int64_t h = item.h, ld = gram_row_bytes(h, sizeof(T)) / int64_t(sizeof(T));
   T* packed = static_cast<T*>(item.scratch);
