@@ -4,7 +4,7 @@ Computes G' = L G, m ← β₁ m + (1 − β₁) G', v ← β₂ v + (1 − β�
 Moves 4 entries in and 3 out per parameter, what Adam alone moves; the matrix is read once per program up to h = 16, and
 above twice per tile, from cache, since held in registers it spilled. A turn on the right is the same
 turn of the transposed view. Launch: one program per (entry, head, run of column tiles); a tile holds all h rows of its
-columns. h ≤ 128; two sides, wider ones and row norms go to BLAS, with Adam's or sign's pointwise part in one launch
+columns. h ≤ 128 in float32, 32 in other types; two sides, wider ones and row norms go to BLAS, with Adam's or sign's pointwise part in one launch
 between the products. Products run on CUDA cores in float32 ("ieee", no tf32): U has no storage type to be exact in.
 """
 
@@ -40,14 +40,15 @@ from teleport_fast.kernels.views import (
     tile,
 )
 
-# Columns of a tile and warps, by bytes of an accumulated entry and padded width; entries of a pointwise tile. In float32
-# nothing spills on sm_80; 32 columns at h = 128 spilled 32 bytes on sm_90. bench/resources_triton.md does not list this kernel yet. Speed
-# unmeasured, no GPU was at hand.
+# Columns of a tile and warps, by bytes of a parameter's entry and padded width, those that spill on no target: at h = 64 two and
+# eight bytes spilled 40 on sm_100, and 32 columns of four bytes at h = 128 32 on sm_90. Speed unmeasured, no GPU was at hand.
 TUNED = {
+    2: {16: (32, 4), 32: (32, 4)},
     4: {16: (32, 4), 32: (32, 4), 64: (32, 8), 128: (16, 8)},
-    8: {16: (32, 4), 32: (16, 4), 64: (16, 8), 128: (16, 8)},
+    8: {16: (32, 4), 32: (16, 4)},
 }
-POINTWISE, WARPS, WIDEST = 1024, 8, 128
+# Entries of a pointwise tile and its warps; 1024 of eight bytes spilled 24 on sm_80.
+POINTWISE, WARPS = 512, 8
 # Share of the traffic that reading the matrix may have, programs to aim at, tiles of a pointwise program: unmeasured.
 MATRIX_SHARE, PROGRAMS, TILES = 0.04, 2048, 8
 ADAM, ROW_NORM = 0, 2
@@ -203,7 +204,7 @@ def rotate_step_(
     values = (1 - lr * weight_decay, rate, eps, beta1, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5)
     entries = list(zip(parameters, gradients, first_moments, second_moments if adam else first_moments, strict=True))
     whole = [_one_sided(entry, bool(right)) for entry in entries] if bool(left) != bool(right) else [None]
-    if base == ROW_NORM or None in whole or (left or right)[0].shape[-1] > WIDEST:
+    if base == ROW_NORM or None in whole or (left or right)[0].shape[-1] > max(TUNED[parameters[0].dtype.itemsize]):
         _apart(entries, left, right, base, values)
         return
     numbers = [_bits(value) for value in values]
@@ -243,7 +244,7 @@ def _launch(
     first = work[0][0][0]
     h = first.shape[1]
     width = padded(h)
-    columns, warps = TUNED[acc.itemsize][width]
+    columns, warps = TUNED[kind[0].itemsize][width]
     rows = [_described(tensors, matrix.data_ptr(), *matrix.stride()) for tensors, matrix in work]
     steps = [described[0][3] * -(-described[0][4] // columns) for described in rows]
     entry_bytes = sum(dtype.itemsize for dtype in kind)
@@ -303,7 +304,7 @@ def shipped() -> Iterator[Configuration]:
     for dtype, name in TYPE_NAMES.items():
         kind, acc = TRITON_TYPES[dtype], TRITON_TYPES[accumulator(dtype)]
         types = {"PARAMETER": kind, "GRADIENT": kind, "FIRST": acc, "SECOND": acc, "ACC": acc}
-        for width, (columns, warps) in TUNED[accumulator(dtype).itemsize].items():
+        for width, (columns, warps) in TUNED[dtype.itemsize].items():
             # Adam holds one more tile than the sign does.
             for aligned in (True, False):
                 label = f"rotate_step_ {name} h≤{width}{'' if aligned else ' unaligned'}"
