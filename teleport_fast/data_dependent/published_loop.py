@@ -1,0 +1,81 @@
+"""The ICLR 2024 teleport step by step, its double backward in closed form and nothing computed twice."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from teleport_fast.data_dependent.ascent import Path
+from teleport_fast.data_dependent.losses import OutputLoss
+from teleport_fast.data_dependent.network import Backward, Network, backward, hessian_product, pulled_back
+from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse, factor
+from teleport_fast.data_dependent.report import StepRecord
+
+
+def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int) -> Path:
+    """The published V-exact loop: fixed lr, no kept null space, stale inputs h ← (I + T)h; no biases.
+
+    Right where σ(Z) has full row rank; `full_rank` False says that it was not, and nothing after that step can be used.
+    """
+    path = Path(net, backward(net, loss), [], None, [], "all steps done")
+    stale, first = net.hidden[:-1], factor(net.hidden[0])
+    eyes = [torch.eye(len(h), dtype=h.dtype, device=h.device) for h in net.hidden]
+    taken: list[tuple[Backward, list[Tensor]]] = []
+    for _ in range(steps):
+        before = path.back
+        # J is read here only for a cap: its scalars wait for the end otherwise.
+        if math.isfinite(cap) and cap < before.J:
+            taken.append((before, []))
+            path.stopped = f"squared gradient norm {before.J:.3g} over the cap {cap:.3g}"
+            break
+        Ts = _scaled_gradients(path.net, before, loss, stale, first, 2 * sign * lr)
+        if Ts is None:
+            path.full_rank = False
+            break
+        gs = [torch.add(eye, T) for eye, T in zip(eyes, Ts, strict=True)]
+        path.net, path.factors = _move(path.net, gs, stale)
+        path.lead = gs[0] if path.lead is None else torch.mm(gs[0], path.lead)
+        stale = [torch.mm(g, h) for g, h in zip(gs, stale, strict=False)]
+        first = path.factors[0]
+        path.back = backward(path.net, loss)
+        taken.append((before, Ts))
+    path.steps = [StepRecord(back.loss, back.J, Ts, 1.0 if Ts else 0.0) for back, Ts in taken]
+    return path
+
+
+def _scaled_gradients(
+    net: Network, back: Backward, loss: OutputLoss, stale: list[Tensor], first: PseudoInverse, scale: float
+) -> list[Tensor] | None:
+    """scale [K_V Vᵀ − (σ' ⊙ (Uᵀ K_U H⁺ᵀ))Zᵀ] by joint, H and Z of the stale inputs; None without full row rank."""
+    if not first.full_rows:
+        return None
+    product = hessian_product(net, back, loss, first=False)
+    # The first joint's inputs are never stale, so K_V Vᵀ is R(E₀) Z₀ᵀ and both of its terms share σ', Uᵀ and Z₀ᵀ.
+    above = torch.addmm(product.RE[1], first.half(product.K[1]), first.first.t(), alpha=-1)
+    Ts = [torch.addmm(net.tail[0].new_empty(1), pulled_back(net, back, 0, back.EG, above), net.Z0.t(), beta=0, alpha=scale)]
+    for m in range(1, len(net.tail)):
+        V, U = net.tail[m - 1], net.tail[m]
+        Z = torch.mm(V, stale[m - 1])
+        inverse = factor(net.activation.function(Z))
+        if not inverse.full_rows:
+            return None
+        pulled = net.activation.pull(torch.mm(U.t(), inverse.right_transposed(product.K[m + 1])), Z)
+        Ts.append(torch.addmm(torch.mm(product.K[m], V.t()), pulled, Z.t(), beta=scale, alpha=-scale))
+    return Ts
+
+
+def _move(net: Network, gs: list[Tensor], stale: list[Tensor]) -> tuple[Network, list[PseudoInverse]]:
+    """V → gV, U → U σ(Z) σ(gZ)⁺ pair by pair; at the first pair σ(gZ₀) and Uσ(Z₀) are the network's own."""
+    sigma, tail = net.activation.function, list(net.tail)
+    Z0 = torch.mm(gs[0], net.Z0)
+    H0 = sigma(Z0)
+    factors = [factor(H0)]
+    tail[0] = factors[0].right(net.Z[1])
+    for m in range(1, len(gs)):
+        Z = torch.mm(tail[m - 1], stale[m - 1])
+        tail[m - 1] = torch.mm(gs[m], tail[m - 1])
+        factors.append(factor(sigma(torch.mm(gs[m], Z))))
+        tail[m] = factors[m].right(torch.mm(tail[m], sigma(Z)))
+    return net.moved(Z0, tail, H0), factors
