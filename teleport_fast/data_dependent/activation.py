@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,11 @@ def leaky_relu(negative_slope: float = 0.1) -> Activation:
     slope = float(negative_slope)
     if not 0 < slope < float("inf"):
         raise ValueError(f"negative_slope must be positive, got {slope}; ReLU (slope 0) is not invertible, pass for example 0.1")
+    return _leaky_relu(slope)
+
+
+@lru_cache(maxsize=8)
+def _leaky_relu(slope: float) -> Activation:
     # The overload itself: resolving it by name costs as much as the kernel on (16, 200).
     backward = torch.ops.aten.leaky_relu_backward.default
     return Activation(

@@ -42,6 +42,11 @@ class PseudoInverse:
         half = torch.mm(A, self.first)
         return half if self.second is None else torch.mm(half, self.second)
 
+    @property
+    def last(self) -> Tensor:
+        """firstᵀ, (r, B): K H⁺ᵀ = half(K) last."""
+        return self.first.t()
+
     def half(self, K: Tensor) -> Tensor:
         """K secondᵀ, (n, k) -> (n, r): K H⁺ᵀ up to its last factor firstᵀ."""
         return K if self.second is None else torch.mm(K, self.second.t())

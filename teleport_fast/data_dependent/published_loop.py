@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from teleport_fast.data_dependent.ascent import Path
+from teleport_fast.data_dependent.deferred import Factors, RightInverse, full_rank_factor
 from teleport_fast.data_dependent.losses import OutputLoss
 from teleport_fast.data_dependent.network import Backward, Network, backward, hessian_product, pulled_back
-from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse, factor
+from teleport_fast.data_dependent.pseudo_inverse import factor
 from teleport_fast.data_dependent.report import StepRecord
 
 
@@ -19,8 +20,18 @@ def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap
 
     Right where σ(Z) has full row rank; `full_rank` False says that it was not, and nothing after that step can be used.
     """
+    deferred = all(factor(h).kind == "cholesky" for h in net.hidden)
+    if deferred:
+        factors = Factors(deferred=True)
+        path = _steps(net, loss, steps, lr, cap, sign, factors)
+        if factors.sound():
+            return path
+    return _steps(net, loss, steps, lr, cap, sign, Factors(deferred=False))
+
+
+def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int, factors: Factors) -> Path:
     path = Path(net, backward(net, loss), [], None, [], "all steps done")
-    stale, first = net.hidden[:-1], factor(net.hidden[0])
+    stale, moved = net.hidden[:-1], [factors(net.hidden[0])]
     eyes = [torch.eye(len(h), dtype=h.dtype, device=h.device) for h in net.hidden]
     taken: list[tuple[Backward, list[Tensor]]] = []
     for _ in range(steps):
@@ -30,52 +41,48 @@ def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap
             taken.append((before, []))
             path.stopped = f"squared gradient norm {before.J:.3g} over the cap {cap:.3g}"
             break
-        Ts = _scaled_gradients(path.net, before, loss, stale, first, 2 * sign * lr)
-        if Ts is None:
+        Ts = _scaled_gradients(path.net, before, loss, stale, moved[0], factors, 2 * sign * lr)
+        if not factors.full_rank:
             path.full_rank = False
             break
         gs = [torch.add(eye, T) for eye, T in zip(eyes, Ts, strict=True)]
-        path.net, path.factors = _move(path.net, gs, stale)
+        path.net, moved = _move(path.net, gs, stale, factors)
         path.lead = gs[0] if path.lead is None else torch.mm(gs[0], path.lead)
         stale = [torch.mm(g, h) for g, h in zip(gs, stale, strict=False)]
-        first = path.factors[0]
         path.back = backward(path.net, loss)
         taken.append((before, Ts))
     path.steps = [StepRecord(back.loss, back.J, Ts, 1.0 if Ts else 0.0) for back, Ts in taken]
+    path.factors = [full_rank_factor(inverse) for inverse in moved] if taken else []
     return path
 
 
 def _scaled_gradients(
-    net: Network, back: Backward, loss: OutputLoss, stale: list[Tensor], first: PseudoInverse, scale: float
-) -> list[Tensor] | None:
-    """scale [K_V Vᵀ − (σ' ⊙ (Uᵀ K_U H⁺ᵀ))Zᵀ] by joint, H and Z of the stale inputs; None without full row rank."""
-    if not first.full_rows:
-        return None
+    net: Network, back: Backward, loss: OutputLoss, stale: list[Tensor], first: RightInverse, factors: Factors, scale: float
+) -> list[Tensor]:
+    """scale [K_V Vᵀ − (σ' ⊙ (Uᵀ K_U H⁺ᵀ))Zᵀ] by joint, H and Z of the stale inputs, H of full row rank."""
     product = hessian_product(net, back, loss, first=False)
     # The first joint's inputs are never stale, so K_V Vᵀ is R(E₀) Z₀ᵀ and both of its terms share σ', Uᵀ and Z₀ᵀ.
-    above = torch.addmm(product.RE[1], first.half(product.K[1]), first.first.t(), alpha=-1)
+    above = torch.addmm(product.RE[1], first.half(product.K[1]), first.last, alpha=-1)
     Ts = [torch.addmm(net.tail[0].new_empty(1), pulled_back(net, back, 0, back.EG, above), net.Z0.t(), beta=0, alpha=scale)]
     for m in range(1, len(net.tail)):
         V, U = net.tail[m - 1], net.tail[m]
         Z = torch.mm(V, stale[m - 1])
-        inverse = factor(net.activation.function(Z))
-        if not inverse.full_rows:
-            return None
-        pulled = net.activation.pull(torch.mm(U.t(), inverse.right_transposed(product.K[m + 1])), Z)
+        inverse = factors(net.activation.function(Z))
+        pulled = net.activation.pull(torch.mm(U.t(), torch.mm(inverse.half(product.K[m + 1]), inverse.last)), Z)
         Ts.append(torch.addmm(torch.mm(product.K[m], V.t()), pulled, Z.t(), beta=scale, alpha=-scale))
     return Ts
 
 
-def _move(net: Network, gs: list[Tensor], stale: list[Tensor]) -> tuple[Network, list[PseudoInverse]]:
+def _move(net: Network, gs: list[Tensor], stale: list[Tensor], factors: Factors) -> tuple[Network, list[RightInverse]]:
     """V → gV, U → U σ(Z) σ(gZ)⁺ pair by pair; at the first pair σ(gZ₀) and Uσ(Z₀) are the network's own."""
     sigma, tail = net.activation.function, list(net.tail)
     Z0 = torch.mm(gs[0], net.Z0)
     H0 = sigma(Z0)
-    factors = [factor(H0)]
-    tail[0] = factors[0].right(net.Z[1])
+    inverses = [factors(H0)]
+    tail[0] = inverses[0].right(net.Z[1])
     for m in range(1, len(gs)):
         Z = torch.mm(tail[m - 1], stale[m - 1])
         tail[m - 1] = torch.mm(gs[m], tail[m - 1])
-        factors.append(factor(sigma(torch.mm(gs[m], Z))))
-        tail[m] = factors[m].right(torch.mm(tail[m], sigma(Z)))
-    return net.moved(Z0, tail, H0), factors
+        inverses.append(factors(sigma(torch.mm(gs[m], Z))))
+        tail[m] = inverses[m].right(torch.mm(tail[m], sigma(Z)))
+    return net.moved(Z0, tail, H0), inverses
