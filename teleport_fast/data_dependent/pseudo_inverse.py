@@ -42,11 +42,6 @@ class PseudoInverse:
         half = torch.mm(A, self.first)
         return half if self.second is None else torch.mm(half, self.second)
 
-    @property
-    def last(self) -> Tensor:
-        """firstᵀ, (r, B): K H⁺ᵀ = half(K) last."""
-        return self.first.t()
-
     def half(self, K: Tensor) -> Tensor:
         """K secondᵀ, (n, k) -> (n, r): K H⁺ᵀ up to its last factor firstᵀ."""
         return K if self.second is None else torch.mm(K, self.second.t())
@@ -54,6 +49,10 @@ class PseudoInverse:
     def right_transposed(self, K: Tensor) -> Tensor:
         """K H⁺ᵀ, (n, k) -> (n, B)."""
         return torch.mm(self.half(K), self.first.t())
+
+    def remainder(self, R: Tensor, K: Tensor) -> Tensor:
+        """R − K H⁺ᵀ, R (n, B)."""
+        return torch.addmm(R, self.half(K), self.first.t(), alpha=-1)
 
     def dense(self) -> Tensor:
         """H⁺ itself, (B, k)."""
@@ -67,6 +66,11 @@ def factor(H: Tensor, gram: Tensor | None = None) -> PseudoInverse:
     'svd'
     """
     k, B = H.shape
+    if k == B:
+        # Costs what the Gram matrix's inverse would, without squaring the condition number.
+        inverse, singular = torch.linalg.inv_ex(H)
+        if not singular and _condition(H, inverse) <= 0.1 / (k * torch.finfo(H.dtype).eps):
+            return PseudoInverse(inverse, None, k, "lu")
     wide = k <= B
     gram = H @ H.mT if wide else (H.mT @ H if gram is None else gram)
     lower, failed = torch.linalg.cholesky_ex(gram)
@@ -77,10 +81,6 @@ def factor(H: Tensor, gram: Tensor | None = None) -> PseudoInverse:
         if _condition(gram, inverse) <= GRAM_LIMIT[H.dtype]:
             first, second = (H.mT, inverse) if wide else (inverse, H.mT)
             return PseudoInverse(first, second, min(k, B), "cholesky")
-    if k == B:
-        inverse, singular = torch.linalg.inv_ex(H)
-        if not singular and _condition(H, inverse) <= 0.1 / (k * torch.finfo(H.dtype).eps):
-            return PseudoInverse(inverse, None, k, "lu")
     Q, R = torch.linalg.qr(H.mT if wide else H)
     if bool((R.diagonal() != 0).all()):
         inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=H.dtype, device=H.device), upper=True)

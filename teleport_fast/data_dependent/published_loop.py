@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap
 
     Right where σ(Z) has full row rank; `full_rank` False says that it was not, and nothing after that step can be used.
     """
-    deferred = all(factor(h).kind == "cholesky" for h in net.hidden)
+    deferred = all(h.shape[0] < h.shape[1] and factor(h).kind == "cholesky" for h in net.hidden)
     if deferred:
         factors = Factors(deferred=True)
         path = _steps(net, loss, steps, lr, cap, sign, factors)
@@ -31,14 +29,12 @@ def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap
 
 def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int, factors: Factors) -> Path:
     path = Path(net, backward(net, loss), [], None, [], "all steps done")
-    stale, moved = net.hidden[:-1], [factors(net.hidden[0])]
+    stale, moved = net.hidden[:-1], [factors(net.hidden[0], len(net.tail[0]))]
     eyes = [torch.eye(len(h), dtype=h.dtype, device=h.device) for h in net.hidden]
-    taken: list[tuple[Backward, list[Tensor]]] = []
     for _ in range(steps):
         before = path.back
-        # J is read here only for a cap: its scalars wait for the end otherwise.
-        if math.isfinite(cap) and cap < before.J:
-            taken.append((before, []))
+        if cap < before.J:
+            path.steps.append(StepRecord(before.loss, before.J, [], 0.0))
             path.stopped = f"squared gradient norm {before.J:.3g} over the cap {cap:.3g}"
             break
         Ts = _scaled_gradients(path.net, before, loss, stale, moved[0], factors, 2 * sign * lr)
@@ -50,9 +46,9 @@ def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, si
         path.lead = gs[0] if path.lead is None else torch.mm(gs[0], path.lead)
         stale = [torch.mm(g, h) for g, h in zip(gs, stale, strict=False)]
         path.back = backward(path.net, loss)
-        taken.append((before, Ts))
-    path.steps = [StepRecord(back.loss, back.J, Ts, 1.0 if Ts else 0.0) for back, Ts in taken]
-    path.factors = [full_rank_factor(inverse) for inverse in moved] if taken else []
+        # Read now, so that the pass's matrices are freed: kept to the end they cost fresh pages at every step.
+        path.steps.append(StepRecord(before.loss, before.J, Ts, 1.0))
+    path.factors = [full_rank_factor(inverse) for inverse in moved] if path.steps else []
     return path
 
 
@@ -62,13 +58,13 @@ def _scaled_gradients(
     """scale [K_V Vᵀ − (σ' ⊙ (Uᵀ K_U H⁺ᵀ))Zᵀ] by joint, H and Z of the stale inputs, H of full row rank."""
     product = hessian_product(net, back, loss, first=False)
     # The first joint's inputs are never stale, so K_V Vᵀ is R(E₀) Z₀ᵀ and both of its terms share σ', Uᵀ and Z₀ᵀ.
-    above = torch.addmm(product.RE[1], first.half(product.K[1]), first.last, alpha=-1)
+    above = first.remainder(product.RE[1], product.K[1])
     Ts = [torch.addmm(net.tail[0].new_empty(1), pulled_back(net, back, 0, back.EG, above), net.Z0.t(), beta=0, alpha=scale)]
     for m in range(1, len(net.tail)):
         V, U = net.tail[m - 1], net.tail[m]
         Z = torch.mm(V, stale[m - 1])
-        inverse = factors(net.activation.function(Z))
-        pulled = net.activation.pull(torch.mm(U.t(), torch.mm(inverse.half(product.K[m + 1]), inverse.last)), Z)
+        inverse = factors(net.activation.function(Z), len(U))
+        pulled = net.activation.pull(torch.mm(U.t(), inverse.right_transposed(product.K[m + 1])), Z)
         Ts.append(torch.addmm(torch.mm(product.K[m], V.t()), pulled, Z.t(), beta=scale, alpha=-scale))
     return Ts
 
@@ -78,11 +74,11 @@ def _move(net: Network, gs: list[Tensor], stale: list[Tensor], factors: Factors)
     sigma, tail = net.activation.function, list(net.tail)
     Z0 = torch.mm(gs[0], net.Z0)
     H0 = sigma(Z0)
-    inverses = [factors(H0)]
+    inverses = [factors(H0, len(tail[0]))]
     tail[0] = inverses[0].right(net.Z[1])
     for m in range(1, len(gs)):
         Z = torch.mm(tail[m - 1], stale[m - 1])
         tail[m - 1] = torch.mm(gs[m], tail[m - 1])
-        inverses.append(factors(sigma(torch.mm(gs[m], Z))))
+        inverses.append(factors(sigma(torch.mm(gs[m], Z)), len(tail[m])))
         tail[m] = inverses[m].right(torch.mm(tail[m], sigma(Z)))
     return net.moved(Z0, tail, H0), inverses
