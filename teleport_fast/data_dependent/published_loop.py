@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,24 @@ from teleport_fast.data_dependent.losses import OutputLoss
 from teleport_fast.data_dependent.network import Backward, Network, backward, hessian_product, pulled_back
 from teleport_fast.data_dependent.pseudo_inverse import factor
 from teleport_fast.data_dependent.report import StepRecord
+
+
+@dataclass(frozen=True)
+class Stale:
+    """A hidden input as the published loop keeps it: lead h, (k, B), the factors of I + T multiplied among themselves if that is less."""
+
+    h: Tensor
+    lead: Tensor | None = None
+
+    def read_by(self, W: Tensor) -> Tensor:
+        """W lead h, W (n, k)."""
+        return torch.mm(W if self.lead is None else torch.mm(W, self.lead), self.h)
+
+    def turned(self, g: Tensor, rows: int) -> Stale:
+        """g lead h, to be read twice by weights of `rows` rows before the next turn."""
+        if self.h.shape[1] <= 2 * rows + len(g):
+            return Stale(torch.mm(g, self.h))
+        return Stale(self.h, g if self.lead is None else torch.mm(g, self.lead))
 
 
 def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int) -> Path:
@@ -29,7 +49,7 @@ def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap
 
 def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int, factors: Factors) -> Path:
     path = Path(net, backward(net, loss), [], None, [], "all steps done")
-    stale, moved = net.hidden[:-1], [factors(net.hidden[0], len(net.tail[0]))]
+    stale, moved = [Stale(h) for h in net.hidden[:-1]], [factors(net.hidden[0], len(net.tail[0]))]
     eyes = [torch.eye(len(h), dtype=h.dtype, device=h.device) for h in net.hidden]
     for _ in range(steps):
         before = path.back
@@ -44,7 +64,7 @@ def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, si
         gs = [torch.add(eye, T) for eye, T in zip(eyes, Ts, strict=True)]
         path.net, moved = _move(path.net, gs, stale, factors)
         path.lead = gs[0] if path.lead is None else torch.mm(gs[0], path.lead)
-        stale = [torch.mm(g, h) for g, h in zip(gs, stale, strict=False)]
+        stale = [h.turned(g, len(U)) for g, h, U in zip(gs, stale, path.net.tail, strict=False)]
         path.back = backward(path.net, loss)
         # Read now, so that the pass's matrices are freed: kept to the end they cost fresh pages at every step.
         path.steps.append(StepRecord(before.loss, before.J, Ts, 1.0))
@@ -53,7 +73,7 @@ def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, si
 
 
 def _scaled_gradients(
-    net: Network, back: Backward, loss: OutputLoss, stale: list[Tensor], first: RightInverse, factors: Factors, scale: float
+    net: Network, back: Backward, loss: OutputLoss, stale: list[Stale], first: RightInverse, factors: Factors, scale: float
 ) -> list[Tensor]:
     """scale [K_V Vᵀ − (σ' ⊙ (Uᵀ K_U H⁺ᵀ))Zᵀ] by joint, H and Z of the stale inputs, H of full row rank."""
     product = hessian_product(net, back, loss, first=False)
@@ -62,14 +82,14 @@ def _scaled_gradients(
     Ts = [torch.addmm(net.tail[0].new_empty(1), pulled_back(net, back, 0, back.EG, above), net.Z0.t(), beta=0, alpha=scale)]
     for m in range(1, len(net.tail)):
         V, U = net.tail[m - 1], net.tail[m]
-        Z = torch.mm(V, stale[m - 1])
+        Z = stale[m - 1].read_by(V)
         inverse = factors(net.activation.function(Z), len(U))
         pulled = net.activation.pull(torch.mm(U.t(), inverse.right_transposed(product.K[m + 1])), Z)
         Ts.append(torch.addmm(torch.mm(product.K[m], V.t()), pulled, Z.t(), beta=scale, alpha=-scale))
     return Ts
 
 
-def _move(net: Network, gs: list[Tensor], stale: list[Tensor], factors: Factors) -> tuple[Network, list[RightInverse]]:
+def _move(net: Network, gs: list[Tensor], stale: list[Stale], factors: Factors) -> tuple[Network, list[RightInverse]]:
     """V → gV, U → U σ(Z) σ(gZ)⁺ pair by pair; at the first pair σ(gZ₀) and Uσ(Z₀) are the network's own."""
     sigma, tail = net.activation.function, list(net.tail)
     Z0 = torch.mm(gs[0], net.Z0)
@@ -77,7 +97,7 @@ def _move(net: Network, gs: list[Tensor], stale: list[Tensor], factors: Factors)
     inverses = [factors(H0, len(tail[0]))]
     tail[0] = inverses[0].right(net.Z[1])
     for m in range(1, len(gs)):
-        Z = torch.mm(tail[m - 1], stale[m - 1])
+        Z = stale[m - 1].read_by(tail[m - 1])
         tail[m - 1] = torch.mm(gs[m], tail[m - 1])
         inverses.append(factors(sigma(torch.mm(gs[m], Z)), len(tail[m])))
         tail[m] = inverses[m].right(torch.mm(tail[m], sigma(Z)))
