@@ -201,9 +201,11 @@ class MLPAction:
         new = path.net.outputs if self.form == "v_exact" else None
         base = self._report(weights, path.factors, faithful, loss_fn, old, new)
         eps = torch.finfo(self.X.dtype).eps
-        distance = max(_relative(new, old) for new, old in zip(weights, self.weights, strict=True))
+        pairs = list(zip(weights, self.weights, strict=True))
         # A few eps of every entry is what the products alone leave behind: below it nothing was teleported.
-        idle = bool(path.steps) and (distance <= 16 * eps or abs(path.back.J - before) <= 16 * eps * abs(before))
+        # The last layers are the small ones, and one that moved settles it.
+        still = not any(_relative(new, old) > 16 * eps for new, old in reversed(pairs))
+        idle = bool(path.steps) and (still or abs(path.back.J - before) <= 16 * eps * abs(before))
         report = TeleportReport(
             **vars(base), objective_before=before, objective_after=path.back.J, steps=path.steps, at_round_off=idle,
             stopped="undone: the recheck's loss rose from {:.6g} to {:.6g}".format(*checks) if undone else path.stopped,
@@ -213,7 +215,8 @@ class MLPAction:
         report.warn(4)
         if idle:
             warnings.warn(
-                f"the teleport is at {self.X.dtype}'s round-off: weights moved by {distance:.1e}, the objective by "
+                f"the teleport is at {self.X.dtype}'s round-off: weights moved by "
+                f"{max(_relative(new, old) for new, old in pairs):.1e}, the objective by "
                 f"{abs(path.back.J - before) / max(abs(before), 1e-300):.1e} of itself; raise lr or use float64",
                 RoundOffWarning, stacklevel=3,
             )

@@ -63,8 +63,9 @@ def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, si
             break
         gs = [torch.add(eye, T) for eye, T in zip(eyes, Ts, strict=True)]
         path.net, moved = _move(path.net, gs, stale, factors)
-        path.lead = gs[0] if path.lead is None else torch.mm(gs[0], path.lead)
         stale = [h.turned(g, len(U)) for g, h, U in zip(gs, stale, path.net.tail, strict=False)]
+        shared = stale[0].lead if stale else None
+        path.lead = shared if shared is not None else gs[0] if path.lead is None else torch.mm(gs[0], path.lead)
         path.back = backward(path.net, loss)
         # Read now, so that the pass's matrices are freed: kept to the end they cost fresh pages at every step.
         path.steps.append(StepRecord(before.loss, before.J, Ts, 1.0))
