@@ -27,8 +27,8 @@ from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning, l
 
 CASES = {(784, 16, 10, 10): 200, (3072, 128, 32, 10): 200, (1024, 512, 512, 10): 512}
 STEPS = 10
-# ‖T‖ of the first step, which fixes lr. Where a hidden matrix is square its condition number is 3e4 to 9e4 and the published
-# loop only stays near its start under 1e-6: at 1e-5 J jumps from 1.1 to 2.4 within ten steps, at 1e-3 it reaches 1e76.
+# ‖T‖ of the first step, which fixes lr. Where a hidden matrix is square its condition number is 3e4 to 9e4 and the loop
+# stays near its start at 1e-6: at 1e-5 J jumps from 1.1 to 2.4 within ten steps, at 1e-3 the published one reached 1e76.
 FIRST_STEP = {(784, 16, 10, 10): 1e-3, (3072, 128, 32, 10): 1e-3, (1024, 512, 512, 10): 1e-6}
 
 
