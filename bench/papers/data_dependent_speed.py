@@ -1,6 +1,6 @@
 """A ten-step teleport against the published double-backward algorithm and against an SGD step, interleaved, results compared.
 
-    python bench/papers/data_dependent_speed.py [--rounds 7] [--json]
+    python bench/papers/data_dependent_speed.py [--rounds 7] [--case N] [--json | --calls]
 
 float64, one thread, V-exact with the published loop on both sides (same lr, same stale inputs), so that both end at the same
 weights: their largest relative difference is printed and must be under 1e-8. Our time includes building the action and its
@@ -17,15 +17,19 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning, leaky_relu, reference
 
 CASES = {(784, 16, 10, 10): 200, (3072, 128, 32, 10): 200, (1024, 512, 512, 10): 512}
-# ‖T‖ of the first step: a square hidden matrix makes dJ/dT so large that a fixed lr of 1e-4 diverges on both sides.
-STEPS, FIRST_STEP = 10, 1e-3
+STEPS = 10
+# ‖T‖ of the first step, which fixes lr. Where a hidden matrix is square its condition number is 3e4 to 9e4 and the loop
+# stays near its start at 1e-6: at 1e-5 J jumps from 1.1 to 2.4 within ten steps, at 1e-3 the published one reached 1e76.
+FIRST_STEP = {(784, 16, 10, 10): 1e-3, (3072, 128, 32, 10): 1e-3, (1024, 512, 512, 10): 1e-6}
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -43,7 +47,7 @@ def measure(widths: tuple[int, ...], batch: int, rounds: int) -> dict[str, float
     loss = CrossEntropy(torch.randint(widths[-1], (batch,)))
     sigma = leaky_relu(0.1)
     first = MLPAction(weights, X, form="v_exact").lie_gradient(loss)
-    lr = FIRST_STEP / max(float(gradient.norm()) for gradient in first)
+    lr = FIRST_STEP[widths] / max(float(gradient.norm()) for gradient in first)
     results: dict[str, list[Tensor]] = {}
 
     def published() -> None:
@@ -86,17 +90,51 @@ def measure(widths: tuple[int, ...], batch: int, rounds: int) -> dict[str, float
     }
 
 
+class Calls(TorchDispatchMode):
+    """Counts the operators that reach torch's dispatcher, and which of them only make a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total, self.views = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.total += 1
+        self.views += func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def calls_a_step(widths: tuple[int, ...], batch: int) -> tuple[float, float]:
+    """(operators, of these views) that one more step of our published loop makes."""
+    torch.manual_seed(0)
+    weights = [torch.randn(b, a, dtype=torch.float64) / a**0.5 for a, b in itertools.pairwise(widths)]
+    X, loss = torch.randn(widths[0], batch, dtype=torch.float64), CrossEntropy(torch.randint(widths[-1], (batch,)))
+    first = MLPAction(weights, X, form="v_exact").lie_gradient(loss)
+    lr = FIRST_STEP[widths] / max(float(gradient.norm()) for gradient in first)
+    counted = []
+    for steps in (2, 4):
+        with Calls() as calls:
+            MLPAction(weights, X, form="v_exact").teleport(loss, steps, lr, parity=True)
+        counted.append(calls)
+    return (counted[1].total - counted[0].total) / 2, (counted[1].views - counted[0].views) / 2
+
+
 def main() -> None:
     """Prints the table or JSON; exit 1 where the results differ by over 1e-8."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--case", type=int, choices=range(len(CASES)), help="only this one")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--calls", action="store_true", help="count the operators of a step, time nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     # The published batches exceed the widths on purpose; what that costs is in the docs.
     warnings.simplefilter("ignore", RankWarning)
     cases = [case for index, case in enumerate(CASES.items()) if options.case in (None, index)]
+    if options.calls:
+        for widths, batch in cases:
+            total, views = calls_a_step(widths, batch)
+            print(f"{'-'.join(map(str, widths))}, batch {batch}: {total:.0f} operators a step, {views:.0f} of them views")
+        return
     table = {f"{'-'.join(map(str, w))}, batch {b}": measure(w, b, options.rounds) for w, b in cases}
     if options.json:
         print(json.dumps(table, indent=2))

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from teleport_fast.data_dependent import reference
 from teleport_fast.data_dependent.activation import Activation, leaky_relu
-from teleport_fast.data_dependent.ascent import Path, ascend_with_search, identity_plus, published_v_exact
+from teleport_fast.data_dependent.ascent import Path, ascend_with_search, identity_plus
 from teleport_fast.data_dependent.checks import check_elements, check_network, check_teleport
 from teleport_fast.data_dependent.losses import LossFunction, output_loss
 from teleport_fast.data_dependent.moves import Frame, joint_factors, lie_gradient, move
 from teleport_fast.data_dependent.network import Network, backward, hessian_product, with_ones
 from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse, factor
+from teleport_fast.data_dependent.published_loop import published_v_exact
 from teleport_fast.data_dependent.report import MoveReport, RoundOffWarning, StepRecord, Teleported, TeleportReport
 from teleport_fast.data_dependent.sequential import read_sequential, write_sequential
 
@@ -160,16 +161,16 @@ class MLPAction:
         loss, sign = output_loss(loss_fn), 1 if ascend else -1
         if code in ("neurips22", "l2t"):
             return self._published(loss_fn, code, steps, lr, cap, ascend)
-        frame, net = self._shared(), self._network()
+        net = self._network()
         if code:
-            path = published_v_exact(net, Frame("v_exact", False, self._X, None), loss, steps, lr, cap, sign)
+            path = published_v_exact(net, loss, steps, lr, cap, sign)
             if not path.full_rank:
                 return self._published(loss_fn, code, steps, lr, cap, ascend)
         else:
-            path = ascend_with_search(net, frame, loss, steps, lr, cap, sign, group, radius)
+            path = ascend_with_search(net, self._shared(), loss, steps, lr, cap, sign, group, radius)
         before = path.steps[0].objective if path.steps else path.back.J
         weights = self._weights(path.net, path.lead) if any(step.T for step in path.steps) else self.weights
-        return self._teleported(weights, path, loss_fn, before, not code, recheck, recheck_factor)
+        return self._teleported(weights, path, loss_fn, before, not code, recheck, recheck_factor, net.outputs)
 
     def _published(
         self, loss_fn: LossFunction, code: str, steps: int, lr: float, cap: float, ascend: bool
@@ -192,14 +193,19 @@ class MLPAction:
         faithful: bool,
         recheck: Callable[[Sequence[Tensor]], Tensor | float] | None,
         recheck_factor: float,
+        old: Tensor | None = None,
     ) -> Teleported:
         checks = (None, None) if recheck is None else (float(recheck(self.weights)), float(recheck(weights)))
         undone = checks[0] is not None and checks[1] is not None and not checks[1] <= recheck_factor * checks[0]
-        base = self._report(weights, path.factors, faithful, loss_fn)
+        # V-exact's Z₀ is the first weight's factor times VX: the steps' outputs are the new weights' to rounding.
+        new = path.net.outputs if self.form == "v_exact" else None
+        base = self._report(weights, path.factors, faithful, loss_fn, old, new)
         eps = torch.finfo(self.X.dtype).eps
-        distance = max(_relative(new, old) for new, old in zip(weights, self.weights, strict=True))
+        pairs = list(zip(weights, self.weights, strict=True))
         # A few eps of every entry is what the products alone leave behind: below it nothing was teleported.
-        idle = bool(path.steps) and (distance <= 16 * eps or abs(path.back.J - before) <= 16 * eps * abs(before))
+        # The last layers are the small ones, and one that moved settles it.
+        still = not any(_relative(new, old) > 16 * eps for new, old in reversed(pairs))
+        idle = bool(path.steps) and (still or abs(path.back.J - before) <= 16 * eps * abs(before))
         report = TeleportReport(
             **vars(base), objective_before=before, objective_after=path.back.J, steps=path.steps, at_round_off=idle,
             stopped="undone: the recheck's loss rose from {:.6g} to {:.6g}".format(*checks) if undone else path.stopped,
@@ -209,16 +215,23 @@ class MLPAction:
         report.warn(4)
         if idle:
             warnings.warn(
-                f"the teleport is at {self.X.dtype}'s round-off: weights moved by {distance:.1e}, the objective by "
+                f"the teleport is at {self.X.dtype}'s round-off: weights moved by "
+                f"{max(_relative(new, old) for new, old in pairs):.1e}, the objective by "
                 f"{abs(path.back.J - before) / max(abs(before), 1e-300):.1e} of itself; raise lr or use float64",
                 RoundOffWarning, stacklevel=3,
             )
         return Teleported(self.weights if undone else weights, report)
 
     def _report(
-        self, weights: list[Tensor], factors: list[PseudoInverse], faithful: bool, loss_fn: LossFunction | None
+        self,
+        weights: list[Tensor],
+        factors: list[PseudoInverse],
+        faithful: bool,
+        loss_fn: LossFunction | None,
+        old: Tensor | None = None,
+        new: Tensor | None = None,
     ) -> MoveReport:
-        old, new = self.outputs(), self.outputs(weights)
+        old, new = self.outputs() if old is None else old, self.outputs(weights) if new is None else new
         losses = (None, None) if loss_fn is None else (float(loss_fn(old)), float(loss_fn(new)))
         batch, ranks = self.X.shape[1], tuple(inverse.rank for inverse in factors)
         exact = faithful and all(rank == batch for rank in ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,15 @@ class Activation:
     inverse: Pointwise
     derivative: Pointwise
     second_derivative: Pointwise | None = None
+    fused_pull: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def pull(self, G: Tensor, Z: Tensor) -> Tensor:
+        """G ⊙ σ'(Z), in one call where the activation has one.
+
+        >>> leaky_relu(0.5).pull(torch.tensor([3.0, 3.0]), torch.tensor([-1.0, 1.0]))
+        tensor([1.5000, 3.0000])
+        """
+        return G * self.derivative(Z) if self.fused_pull is None else self.fused_pull(G, Z)
 
     def __post_init__(self) -> None:
         grid = torch.linspace(-4, 4, 97, dtype=torch.float64)
@@ -52,11 +62,19 @@ def leaky_relu(negative_slope: float = 0.1) -> Activation:
     slope = float(negative_slope)
     if not 0 < slope < float("inf"):
         raise ValueError(f"negative_slope must be positive, got {slope}; ReLU (slope 0) is not invertible, pass for example 0.1")
+    return _leaky_relu(slope)
+
+
+@lru_cache(maxsize=8)
+def _leaky_relu(slope: float) -> Activation:
+    # The overload itself: resolving it by name costs as much as the kernel on (16, 200).
+    backward = torch.ops.aten.leaky_relu_backward.default
     return Activation(
         f"leaky_relu({slope:g})",
         lambda z: nn.functional.leaky_relu(z, slope),
         lambda z: nn.functional.leaky_relu(z, 1 / slope),
-        lambda z: torch.ops.aten.leaky_relu_backward(torch.ones_like(z), z, slope, False),
+        lambda z: backward(torch.ones_like(z), z, slope, False),
+        fused_pull=lambda G, z: backward(G, z, slope, False),
     )
 
 

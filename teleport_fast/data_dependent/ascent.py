@@ -1,4 +1,4 @@
-"""Steps along the Lie-algebra gradient: a line search that never loses ground, a cap that holds after the step, the published loop."""
+"""Steps along the Lie-algebra gradient: a line search that never loses ground, and a cap that holds after the step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from teleport_fast.data_dependent.losses import OutputLoss
 from teleport_fast.data_dependent.moves import Frame, Moved, joint_factors, lie_gradient, move
 from teleport_fast.data_dependent.network import Backward, Network, backward, hessian_product
-from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse, factor
+from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse
 from teleport_fast.data_dependent.report import StepRecord
 
 HALVINGS = 30
@@ -45,8 +45,8 @@ def ascend_with_search(
     path = Path(net, backward(net, loss), joint_factors(net, frame), None, [], "all steps done")
     if not math.isfinite(path.back.J):
         raise ValueError(f"the squared gradient norm is {path.back.J} before the teleport; check the weights and the loss")
-    all(inverse.full_columns for inverse in path.factors)
     for _ in range(steps):
+        exact = all(inverse.full_columns for inverse in path.factors)
         before = path.back
         gradients = lie_gradient(path.net, before, hessian_product(path.net, before, loss), frame, path.factors)
         scale = 1.0 / max(1.0, lr * max(float(gradient.norm()) for gradient in gradients) / radius)
@@ -55,12 +55,12 @@ def ascend_with_search(
             moved = _try(path.net, Ts, frame, group)
             if moved is not None:
                 back = backward(moved.net, loss)
-                if math.isfinite(back.J) and sign * (back.J - before.J) >= 0 and (cap >= back.J or back.J <= before.J):
+                if _improves(back, before, sign, cap) and _keeps_loss(moved, back, before, exact):
                     path.append(moved, back, StepRecord(before.loss, before.J, Ts, scale))
                     break
             scale /= 2
         else:
-            path.stopped = f"no step of {HALVINGS} halvings improves the objective within the cap"
+            path.stopped = f"no step of {HALVINGS} halvings improves the objective within the cap and keeps the loss"
             break
     return path
 
@@ -97,45 +97,8 @@ def _try(net: Network, Ts: list[Tensor], frame: Frame, group: str) -> Moved | No
     return moved if bool(torch.isfinite(moved.net.outputs).all()) else None
 
 
-def published_v_exact(net: Network, frame: Frame, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int) -> Path:
-    """The ICLR 2024 loop step by step, fixed lr and stale inputs h ← (I + T)h, with the closed form for its double backward.
-
-    Right where σ(Z) has full row rank; `full_rank` False says that it was not, and nothing after that step can be used.
-    """
-    path = Path(net, backward(net, loss), [], None, [], "all steps done")
-    stale: list[Tensor] = [h for h in net.inputs[1:] if h is not None]
-    for _ in range(steps):
-        before = path.back
-        if cap < before.J:
-            path.steps.append(StepRecord(before.loss, before.J, [], 0.0))
-            path.stopped = f"squared gradient norm {before.J:.3g} over the cap {cap:.3g}"
-            break
-        # σ((I + T)Z₀) was factored by the step before; the other joints' inputs have gone stale since.
-        factors = path.factors[:1]
-        for m in range(len(factors), len(net.tail)):
-            Z = path.net.Z0 if m == 0 else path.net.tail[m - 1] @ stale[m - 1]
-            factors = [*factors, factor_of(path.net, Z)]
-        if not all(inverse.full_rows for inverse in factors):
-            path.full_rank = False
-            break
-        gradients = lie_gradient(path.net, before, hessian_product(path.net, before, loss), frame, factors, stale)
-        Ts = [gradient * (sign * lr) for gradient in gradients]
-        gs = [identity_plus(T) for T in Ts]
-        moved = move(path.net, gs, None, frame, stale)
-        stale = [g @ h for g, h in zip(gs, stale, strict=True)]
-        path.append(moved, backward(moved.net, loss), StepRecord(before.loss, before.J, Ts, 1.0))
-    return path
-
-
-def factor_of(net: Network, Z: Tensor) -> PseudoInverse:
-    """σ(Z), factored."""
-    return factor(net.activation.function(Z))
-
-
 def identity_plus(T: Tensor) -> Tensor:
     """I + T."""
     g = T.clone()
     g.diagonal().add_(1)
     return g
-
-

@@ -47,15 +47,16 @@ class CrossEntropy:
         """(loss, dL/dY): softmax minus one-hot, over the batch."""
         if self._target is None or self._target.shape != Y.shape or self._target.dtype != Y.dtype:
             self._check(Y)
-            self._target = torch.zeros_like(Y).scatter_(0, self.labels.unsqueeze(0), 1 / Y.shape[1])
+            self._target = torch.zeros_like(Y).scatter_(0, self.labels.unsqueeze(0), -1 / Y.shape[1])
+            self._flat_target = self._target.view(-1)
         log_p = torch.log_softmax(Y, 0)
         self._p = log_p.exp()
-        return -torch.dot(self._target.flatten(), log_p.flatten()), torch.sub(self._p / Y.shape[1], self._target)
+        return torch.dot(self._flat_target, log_p.flatten()), torch.add(self._target, self._p, alpha=1 / Y.shape[1])
 
     def hessian_product(self, R: Tensor) -> Tensor:
         """(diag p − p pᵀ) R per sample, over the batch."""
-        weighted = self._p * R
-        return (weighted - self._p * weighted.sum(0, keepdim=True)).div_(R.shape[1])
+        weighted = torch.mul(self._p, R).mul_(1 / R.shape[1])
+        return torch.addcmul(weighted, self._p, weighted.sum(0, keepdim=True), value=-1)
 
 
 class SquaredError:

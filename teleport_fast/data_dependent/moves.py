@@ -105,7 +105,6 @@ def lie_gradient(
     product: HessianProduct,
     frame: Frame,
     factors: Sequence[PseudoInverse],
-    stale: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """dJ/dM (k_m, k_m) by joint from K = H∇L; U-exact 2[−UᵀK_U + ((K_V h⁺ᵀ)/σ')σ(Z)ᵀ], V-exact 2[K_V Vᵀ − (σ' ⊙ (UᵀK_U H⁺ᵀ))Zᵀ]."""
     gradients = []
@@ -114,17 +113,15 @@ def lie_gradient(
         K_U = product.K[m + 1][:, :-1] if net.bias else product.K[m + 1]
         if frame.form == "u_exact":
             K_h = frame.project(product.RE[0]) if m == 0 else inverse.right_transposed(product.K[m])
-            gradients.append(2 * torch.addmm((K_h / back.slope[m]) @ net.hidden[m].mT, U.mT, K_U, alpha=-1))
+            gradients.append(2 * torch.addmm((K_h / net.activation.derivative(net.Z[m])) @ net.hidden[m].mT, U.mT, K_U, alpha=-1))
             continue
-        Z, slope = net.Z[m], back.slope[m]
-        if stale is not None and m:
-            Z = net.tail[m - 1] @ stale[m - 1]
-            slope = net.activation.derivative(Z)
+        Z = net.Z[m]
         K_V = product.RE[0] @ net.Z0.mT if m == 0 else product.K[m] @ net.tail[m - 1].mT
         B = U.mT @ K_U
         if not frame.keep_null_space and not inverse.full_rows:
             # U is U HH⁺ there, and HH⁺ turns with H: d(H⁺) has the part H⁺H⁺ᵀdHᵀ(I − HH⁺).
             H = net.activation.function(Z)
+            assert inverse.second is not None
             B = B - (B.mT - H @ (inverse.first @ (inverse.second @ B.mT)))
-        gradients.append(2 * torch.addmm(K_V, slope * inverse.right_transposed(B), Z.mT, alpha=-1))
+        gradients.append(2 * torch.addmm(K_V, net.activation.pull(inverse.right_transposed(B), Z), Z.mT, alpha=-1))
     return gradients

@@ -14,7 +14,7 @@ GRAM_LIMIT = {torch.float64: 4e3, torch.float32: 8e2}
 
 @dataclass(frozen=True)
 class PseudoInverse:
-    """H⁺ = first @ second for H (k, B); `rank`, and `kind`: "cholesky", "qr" or "svd", by conditioning.
+    """H⁺ = first @ second for H (k, B), second None for the identity; `rank`; `kind`: "cholesky", "lu" (square), "qr" or "svd".
 
     >>> H = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], dtype=torch.float64)
     >>> inverse = factor(H)
@@ -23,7 +23,7 @@ class PseudoInverse:
     """
 
     first: Tensor
-    second: Tensor
+    second: Tensor | None
     rank: int
     kind: str
 
@@ -35,19 +35,28 @@ class PseudoInverse:
     @property
     def full_rows(self) -> bool:
         """Whether HH⁺ is the identity: the batch sees the whole space."""
-        return self.rank == self.second.shape[1]
+        return self.rank == (self.first if self.second is None else self.second).shape[1]
 
     def right(self, A: Tensor) -> Tensor:
         """A H⁺, (n, B) -> (n, k)."""
-        return (A @ self.first) @ self.second
+        half = torch.mm(A, self.first)
+        return half if self.second is None else torch.mm(half, self.second)
+
+    def half(self, K: Tensor) -> Tensor:
+        """K secondᵀ, (n, k) -> (n, r): K H⁺ᵀ up to its last factor firstᵀ."""
+        return K if self.second is None else torch.mm(K, self.second.t())
 
     def right_transposed(self, K: Tensor) -> Tensor:
         """K H⁺ᵀ, (n, k) -> (n, B)."""
-        return (K @ self.second.mT) @ self.first.mT
+        return torch.mm(self.half(K), self.first.t())
+
+    def remainder(self, R: Tensor, K: Tensor) -> Tensor:
+        """R − K H⁺ᵀ, R (n, B)."""
+        return torch.addmm(R, self.half(K), self.first.t(), alpha=-1)
 
     def dense(self) -> Tensor:
         """H⁺ itself, (B, k)."""
-        return self.first @ self.second
+        return self.first if self.second is None else self.first @ self.second
 
 
 def factor(H: Tensor, gram: Tensor | None = None) -> PseudoInverse:
@@ -57,10 +66,17 @@ def factor(H: Tensor, gram: Tensor | None = None) -> PseudoInverse:
     'svd'
     """
     k, B = H.shape
+    if k == B:
+        # Costs what the Gram matrix's inverse would, without squaring the condition number.
+        inverse, singular = torch.linalg.inv_ex(H)
+        if not singular and _condition(H, inverse) <= 0.1 / (k * torch.finfo(H.dtype).eps):
+            return PseudoInverse(inverse, None, k, "lu")
     wide = k <= B
     gram = H @ H.mT if wide else (H.mT @ H if gram is None else gram)
     lower, failed = torch.linalg.cholesky_ex(gram)
-    if not failed:
+    # cond(Gram) is at least the square of the factor's largest over its smallest diagonal entry: no inverse where that is
+    # too much, which is looked at where an inverse costs more than four calls.
+    if not failed and (len(gram) < 64 or _diagonal_spread(lower) ** 2 <= GRAM_LIMIT[H.dtype]):
         inverse = torch.cholesky_inverse(lower)
         if _condition(gram, inverse) <= GRAM_LIMIT[H.dtype]:
             first, second = (H.mT, inverse) if wide else (inverse, H.mT)
@@ -75,6 +91,12 @@ def factor(H: Tensor, gram: Tensor | None = None) -> PseudoInverse:
     U, S, Vh = torch.linalg.svd(H, full_matrices=False)
     rank = int((max(k, B) * torch.finfo(H.dtype).eps * S[0] < S).sum())
     return PseudoInverse(Vh[:rank].mT, (U[:, :rank] / S[:rank]).mT, rank, "svd")
+
+
+def _diagonal_spread(lower: Tensor) -> float:
+    """The largest over the smallest diagonal entry of a triangular matrix, a lower bound of its condition number."""
+    smallest, largest = lower.diagonal().aminmax()
+    return float(largest) / float(smallest)
 
 
 def _condition(matrix: Tensor, inverse: Tensor) -> float:
