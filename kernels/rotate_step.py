@@ -1,11 +1,11 @@
 """rotate_step_: turn the gradient, step in the turned basis, turn back and update, in one pass (math.md section 5).
 
 Computes G' = L G, m ← β₁ m + (1 − β₁) G', v ← β₂ v + (1 − β₂) G'², U = m̂ / (√v̂ + eps) or sign m, A ← keep A − lr Lᵀ U.
-Moves 4 entries in and 3 out per parameter, what Adam alone moves; the matrix is read once per program up to h = 16, and
-above twice per tile, from cache, since held in registers it spilled. A turn on the right is the same
-turn of the transposed view. Launch: one program per (entry, head, run of column tiles); a tile holds all h rows of its
-columns. h ≤ 128 in float32, 32 in other types; two sides, wider ones and row norms go to BLAS, with Adam's or sign's pointwise part in one launch
-between the products. Products run on CUDA cores in float32 ("ieee", no tf32): U has no storage type to be exact in.
+Moves 4 entries in and 3 out per parameter, what Adam alone moves; the matrix is read once per program up to h = 16, and above
+twice per tile, from cache, since held in registers it spilled. A turn on the right is the same turn of the transposed view.
+Launch: one program per (entry, head, run of column tiles); a tile holds all h rows of its columns. h ≤ 128 in float32, 32 in
+other types; two sides, wider ones and row norms go to BLAS, with Adam's or sign's pointwise part in one launch between the
+products. Products run on CUDA cores in float32 ("ieee", no tf32): U has no storage type to be exact in.
 """
 
 from __future__ import annotations

@@ -38,17 +38,17 @@ class PseudoInverse:
         return self.rank == (self.first if self.second is None else self.second).shape[1]
 
     def right(self, A: Tensor) -> Tensor:
-        """A H⁺, (n, B) -> (n, k)."""
-        half = torch.mm(A, self.first)
-        return half if self.second is None else torch.mm(half, self.second)
+        """A H⁺, (..., n, B) -> (..., n, k)."""
+        half = A @ self.first
+        return half if self.second is None else half @ self.second
 
     def half(self, K: Tensor) -> Tensor:
         """K secondᵀ, (n, k) -> (n, r): K H⁺ᵀ up to its last factor firstᵀ."""
-        return K if self.second is None else torch.mm(K, self.second.t())
+        return K if self.second is None else K @ self.second.t()
 
     def right_transposed(self, K: Tensor) -> Tensor:
         """K H⁺ᵀ, (n, k) -> (n, B)."""
-        return torch.mm(self.half(K), self.first.t())
+        return self.half(K) @ self.first.t()
 
     def remainder(self, R: Tensor, K: Tensor) -> Tensor:
         """R − K H⁺ᵀ, R (n, B)."""

@@ -17,7 +17,7 @@ TIGHTEST = (
     "square_sums fp16|square_sums reduce fp32|diagonal_action_ bf16|gram bf16 h≤128|gram total fp32|"
     "group_action_ fp16 h≤64|covariance_ update fp32|grad_norm_objective fp32 h≤64|matrix_exp fp32 h≤64|"
     "teleport_adamw_ fp32|activation_action bf16|"
-    "permutation_action_ 32-bit h≤4096"
+    "permutation_action_ 32-bit h≤4096|rotate_step_ fp32 h≤64|rotate_step_ map fp64"
 )
 
 
@@ -48,7 +48,7 @@ def test_interpreting_and_compiling_at_once_is_refused():
 KERNELS = ["square_sums", "diagonal_action", "gram", "group_action", "covariance", "grad_norm_objective", "matrix_exp"]
 
 
-@pytest.mark.parametrize("name", [*KERNELS, "teleport_adamw", "activation_action", "permutation_action"])
+@pytest.mark.parametrize("name", [*KERNELS, "teleport_adamw", "activation_action", "permutation_action", "rotate_step"])
 def test_the_table_lists_every_shipped_configuration_and_no_spill(name):
     module = __import__(f"teleport_fast.kernels.{name}", fromlist=["shipped"])
     rows = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("|")]
