@@ -1,30 +1,10 @@
 // teleport_adamw_ for one instruction set: a block's entries are moved and stepped in registers, read once and written once.
+#include "square_root.h"
 #include "teleport_adamw.h"
 #include "vec.h"
 
-#if !defined(__SSE2__)
-#include <cmath>
-#endif
-
 namespace teleport_fast::TELEPORT_FAST_ISA {
 namespace {
-
-template <class T>
-INLINE Vec<T> square_root(Vec<T> x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_sqrt_ps(x);
-  else return _mm512_sqrt_pd(x);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return _mm256_sqrt_ps(x);
-  else return _mm256_sqrt_pd(x);
-#elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 4) return _mm_sqrt_ps(x);
-  else return _mm_sqrt_pd(x);
-#else
-  for (int i = 0; i < kLanes<T>; ++i) x[i] = std::sqrt(x[i]);
-  return x;
-#endif
-}
 
 template <class T>
 struct Numbers {
