@@ -21,7 +21,6 @@ from micro import measure
 from teleport_fast.ops.backend import availability
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Kernels by their own names, so that ncu leaves torch's alone.
 COUNTERS = "dram__bytes_read.sum,dram__bytes_write.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed"
 
 
@@ -72,6 +71,7 @@ def main() -> int:
         for title, tool, command in (
             ("compute-sanitizer memcheck", "compute-sanitizer", ["--error-exitcode", "1", *again]),
             ("compute-sanitizer racecheck", "compute-sanitizer", ["--tool", "racecheck", "--error-exitcode", "1", *again]),
+            # Kernels by their own names, so that ncu leaves torch's alone.
             ("Counters", "ncu", ["--metrics", COUNTERS, "--kernel-name", "regex:tf_|_kernel", "--launch-count", "40", *again]),
         ):
             section, fine = outside(title, tool, command)

@@ -21,9 +21,7 @@ class Problem:
     label: str
     inputs: tuple[Tensor, ...]
     call: Callable[..., Outputs]
-    # Bytes read and written once, and multiply-adds, of one call.
     bytes: int
-    flops: int = 0
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -45,9 +43,7 @@ def problems(dtype: torch.dtype, device: torch.device, heads: int, h: int, n: in
     moved = size_of(plus, minus)
     square = heads * h * h * g.element_size()
 
-    yield Problem(
-        "gram_difference", label, (plus, minus), lambda p, m: ops.gram_difference(p, m), moved + square, heads * h * h * n * 2
-    )
+    yield Problem("gram_difference", label, (plus, minus), lambda p, m: ops.gram_difference(p, m), moved + square)
     yield Problem(
         "grad_norm_objective", label, (plus, minus, g), lambda p, m, g: (ops.grad_norm_objective(p, m, g),), moved + square
     )
@@ -58,13 +54,13 @@ def problems(dtype: torch.dtype, device: torch.device, heads: int, h: int, n: in
         ops.group_action_([p], [m], g, g)
         return p, m
 
-    yield Problem("group_action_", label, (plus, minus, g), act, 2 * moved + square, heads * h * h * n * 4)
+    yield Problem("group_action_", label, (plus, minus, g), act, 2 * moved + square)
 
     def covary(C: Tensor, p: Tensor, m: Tensor) -> Outputs:
         ops.covariance_(C, [p, m], 0.9)
         return (C,)
 
-    yield Problem("covariance_", label, (symmetric, plus, minus), covary, moved + 2 * square, heads * h * h * n * 2)
+    yield Problem("covariance_", label, (symmetric, plus, minus), covary, moved + 2 * square)
     yield Problem("square_sums", label, (plus, minus), lambda p, m: ops.square_sums([p, m]), moved)
     s = torch.rand(heads, h, device=device, dtype=g.dtype) + 0.5
 
@@ -94,10 +90,10 @@ def problems(dtype: torch.dtype, device: torch.device, heads: int, h: int, n: in
 
     moments = [wide(heads, h, n).abs() for _ in range(2)]
     once = 3 * size_of(plus) + 2 * size_of(*moments) + square
-    yield Problem("rotate_step_", label, (plus, state[0], *moments, g), turn, once, heads * h * h * n * 4)
+    yield Problem("rotate_step_", label, (plus, state[0], *moments, g), turn, once)
     Z, mixing = normal(h, n), wide(h, h).to(dtype) / h**0.5
 
     def mix(Z: Tensor, g: Tensor) -> Outputs:
         return (ops.activation_action(Z, g, 0.1),)
 
-    yield Problem("activation_action", label, (Z, mixing), mix, 2 * size_of(Z) + size_of(mixing), h * h * n * 2)
+    yield Problem("activation_action", label, (Z, mixing), mix, 2 * size_of(Z) + size_of(mixing))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from streaming import compare, interleaved
 from torch import Tensor
 
 from teleport_fast.ops import activation_action
@@ -65,9 +66,6 @@ def with_backend(name: str, Z: Tensor, g: Tensor) -> Callable[[], object]:
 
 
 def main() -> None:
-    # pytest imports this file by its path, from where its neighbours are not found.
-    from streaming import compare, interleaved
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)

@@ -9,31 +9,23 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from bench_square_sums import SIZES, buckets
+from streaming import weights
 
 from teleport_fast.ops import permutation_action_
 from teleport_fast.ops.backend import availability, set_backend
 
+__all__ = ["OP", "SIZES", "cases"]
+
 OP = "permutation_action_"
-SIZES = (1, 4, 16, 64, 256, 1024, 4096)
 LAYOUTS = ["rows", "columns"]
 
 
-def views(flat: Tensor, count: int, layout: str) -> list[Tensor]:
-    """`count` weights of 256 units × 900 in one piece of memory, as the joint that writes or reads them sees them."""
-    if layout == "rows":
-        return list(flat.view(count, 1, 256, 900))
-    return [tensor.mT[None] for tensor in flat.view(count, 900, 256)]
-
-
 def cases(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that decide which backend is fastest at width `size`: many weights, and one alone."""
+    """Calls that decide which backend is fastest at width `size`."""
     index = torch.randperm(size)[None]
-    for count, n in ((24, max(1, (1 << 17) // size)), (1, 64)):
-        rows = [torch.randn(1, size, n).to(dtype) for _ in range(count)]
-        columns = [torch.randn(n, size).to(dtype).mT[None] for _ in range(count)]
-        yield f"{count}x{size}x{n} rows", lambda rows=rows: permutation_action_(rows, index)
-        yield f"{count}x{size}x{n} columns", lambda columns=columns: permutation_action_(columns, index)
+    for label, tensors in buckets(size, dtype):
+        yield label, lambda tensors=tensors: permutation_action_(tensors, index)
 
 
 @pytest.mark.parametrize("route", ["clone", "reference", "cpp"])
@@ -46,4 +38,4 @@ def bench_permutation_action(benchmark, layout, route):
     if availability(route) is not True:
         pytest.skip(str(availability(route)))
     with set_backend(route):
-        benchmark(permutation_action_, views(flat, 300, layout), torch.randperm(256)[None])
+        benchmark(permutation_action_, weights(flat, 300, layout), torch.randperm(256)[None])

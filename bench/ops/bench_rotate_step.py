@@ -6,12 +6,12 @@ pytest bench/ops/bench_rotate_step.py --benchmark-group-by=param:bucket; python 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from streaming import compare, interleaved
 from torch import Tensor
 
 from teleport_fast.ops import rotate_step_
@@ -121,7 +121,7 @@ def bench_rotate_step(benchmark: Any, name: str, route: str) -> None:
 
 
 def main(rounds: int = 9) -> None:
-    """Interleaved rounds on one thread by its CPU time: medians of the ratios to the torch route."""
+    """Interleaved rounds on one thread by its CPU time: medians of the ratios to the torch route, with quartiles."""
     torch.set_num_threads(1)
     print("| bucket | torch ms | its time over reference's | over cpp's |")
     print("| --- | --- | --- | --- |")
@@ -132,27 +132,14 @@ def main(rounds: int = 9) -> None:
             with set_backend(backend):
                 rotate_step_(*lists, *turns, step=9, lr=1e-6)
 
-        routes: dict[str, Callable[[], None]] = {
+        routes: dict[str, Callable[[], object]] = {
             "torch": lambda lists=lists, turns=turns: by_torch(lists, turns),
             "reference": lambda ours=ours: ours("reference"),
             "cpp": lambda ours=ours: ours("cpp"),
         }
-        seconds: dict[str, list[float]] = {route: [] for route in routes}
-        for number in range(rounds + 2):
-            for route, call in routes.items():
-                start = time.thread_time()
-                call()
-                # The first two rounds warm up.
-                if number > 1:
-                    seconds[route].append(time.thread_time() - start)
-        ratios = [
-            statistics.median(t / o for t, o in zip(seconds["torch"], seconds[route], strict=True))
-            for route in ("reference", "cpp")
-        ]
-        print(
-            f"| {name} | {1e3 * statistics.median(seconds['torch']):.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |",
-            flush=True,
-        )
+        seconds = interleaved(routes, rounds)
+        ratios = [compare(seconds, route, "torch") for route in ("reference", "cpp")]
+        print(f"| {name} | {1e3 * statistics.median(seconds['torch']):.2f} | {ratios[0]} | {ratios[1]} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from streaming import weights
 from torch import Tensor
 
 from teleport_fast.ops import square_sums
@@ -19,24 +20,19 @@ SIZES = (1, 4, 16, 64, 256, 1024, 4096)
 LAYOUTS = ["rows", "columns", "heads", "convolution"]
 
 
-def views(flat: Tensor, count: int, layout: str) -> list[Tensor]:
-    """`count` weights of 256 units × 900 in one piece of memory, as the joint that writes or reads them sees them."""
-    if layout == "rows":
-        return list(flat.view(count, 1, 256, 900))
-    if layout == "columns":
-        return [tensor.mT[None] for tensor in flat.view(count, 900, 256)]
-    if layout == "heads":
-        return [tensor.view(900, 4, 64).permute(1, 2, 0) for tensor in flat.view(count, 900, 256)]
-    return [tensor.transpose(0, 1)[None] for tensor in flat.view(count, 100, 256, 9)]
-
-
-def cases(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that decide which backend is fastest at width `size`: many weights, and one alone."""
+def buckets(size: int, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]:
+    """Many weights, and one alone, at width `size`, as the joint that writes or reads them sees them."""
     for count, n in ((24, max(1, (1 << 17) // size)), (1, 64)):
         rows = [torch.randn(1, size, n).to(dtype) for _ in range(count)]
         columns = [torch.randn(n, size).to(dtype).mT[None] for _ in range(count)]
-        yield f"{count}x{size}x{n} rows", lambda rows=rows: square_sums(rows)
-        yield f"{count}x{size}x{n} columns", lambda columns=columns: square_sums(columns)
+        yield f"{count}x{size}x{n} rows", rows
+        yield f"{count}x{size}x{n} columns", columns
+
+
+def cases(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls that decide which backend is fastest at width `size`."""
+    for label, tensors in buckets(size, dtype):
+        yield label, lambda tensors=tensors: square_sums(tensors)
 
 
 @pytest.mark.parametrize("route", ["clone", "reference", "cpp"])
@@ -49,4 +45,4 @@ def bench_square_sums(benchmark, layout, route):
     if availability(route) is not True:
         pytest.skip(str(availability(route)))
     with set_backend(route):
-        benchmark(square_sums, views(flat, 300, layout))
+        benchmark(square_sums, weights(flat, 300, layout))

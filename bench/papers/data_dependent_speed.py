@@ -39,15 +39,20 @@ def seconds(run: Callable[[], object]) -> float:
     return time.thread_time() - start
 
 
-def measure(widths: tuple[int, ...], batch: int, rounds: int) -> dict[str, float]:
-    """Medians of the ratios, the times in ms, and the largest relative difference of the weights."""
+def problem(widths: tuple[int, ...], batch: int) -> tuple[list[Tensor], Tensor, CrossEntropy, float]:
+    """(weights, X, loss, the lr of FIRST_STEP), the same at every call."""
     torch.manual_seed(0)
     weights = [torch.randn(b, a, dtype=torch.float64) / a**0.5 for a, b in itertools.pairwise(widths)]
     X = torch.randn(widths[0], batch, dtype=torch.float64)
     loss = CrossEntropy(torch.randint(widths[-1], (batch,)))
-    sigma = leaky_relu(0.1)
     first = MLPAction(weights, X, form="v_exact").lie_gradient(loss)
-    lr = FIRST_STEP[widths] / max(float(gradient.norm()) for gradient in first)
+    return weights, X, loss, FIRST_STEP[widths] / max(float(gradient.norm()) for gradient in first)
+
+
+def measure(widths: tuple[int, ...], batch: int, rounds: int) -> dict[str, float]:
+    """Medians of the ratios, the times in ms, and the largest relative difference of the weights."""
+    weights, X, loss, lr = problem(widths, batch)
+    sigma = leaky_relu(0.1)
     results: dict[str, list[Tensor]] = {}
 
     def published() -> None:
@@ -105,11 +110,7 @@ class Calls(TorchDispatchMode):
 
 def calls_a_step(widths: tuple[int, ...], batch: int) -> tuple[float, float]:
     """(operators, of these views) that one more step of our published loop makes."""
-    torch.manual_seed(0)
-    weights = [torch.randn(b, a, dtype=torch.float64) / a**0.5 for a, b in itertools.pairwise(widths)]
-    X, loss = torch.randn(widths[0], batch, dtype=torch.float64), CrossEntropy(torch.randint(widths[-1], (batch,)))
-    first = MLPAction(weights, X, form="v_exact").lie_gradient(loss)
-    lr = FIRST_STEP[widths] / max(float(gradient.norm()) for gradient in first)
+    weights, X, loss, lr = problem(widths, batch)
     counted = []
     for steps in (2, 4):
         with Calls() as calls:
