@@ -1,5 +1,6 @@
 // group_action_ for one instruction set: a panel of columns is packed, multiplied by g and written back where it came from.
 #include "group_action.h"
+#include "strip_tile.h"
 #include "vec.h"
 
 namespace teleport_fast::TELEPORT_FAST_ISA {
@@ -8,28 +9,11 @@ namespace {
 // Columns ahead that along_rows asks for: far enough to hide a third-level cache's latency, near enough to stay in the first.
 constexpr int64_t kPrefetch = 12;
 
-// to[m * row_step + v] = Σ_k rows[m * depth + k] * strip[k][v], a whole strip wide.
-template <class S, class T>
-struct Tile {
-  const T *rows, *strip;
-  int64_t depth;
-  S* to;
-  int64_t row_step;
-
-  template <int Rows>
-  INLINE void run(int64_t first) const {
-    Vec<T> sum[Rows][2];
-    multiply_tile<T, Rows, 2>(rows + first * depth, depth, 1, strip, depth, sum);
-    for (int m = 0; m < Rows; ++m)
-      for (int v = 0; v < 2; ++v) store(sum[m][v], to + (first + m) * row_step + v * kLanes<T>);
-  }
-};
-
-// The same, `count` <= kStrip wide and lane_step apart: through `spare`, (rows, kStrip), for what is no whole contiguous strip.
+// A StripTile's product, `count` <= kStrip wide and lane_step apart: through `spare`, (rows, kStrip), for what is no whole contiguous strip.
 template <class S, class T>
 NOINLINE void multiply_strip(const T* rows, int64_t row_count, const T* strip, int64_t depth, S* to, int64_t row_step, int64_t lane_step, int64_t count, T* spare) {
-  if (lane_step == 1 && count == kStrip<T>) return for_row_tiles(row_count, Tile<S, T>{rows, strip, depth, to, row_step});
-  for_row_tiles(row_count, Tile<T, T>{rows, strip, depth, spare, kStrip<T>});
+  if (lane_step == 1 && count == kStrip<T>) return for_row_tiles(row_count, StripTile<S, T>{rows, strip, depth, to, row_step});
+  for_row_tiles(row_count, StripTile<T, T>{rows, strip, depth, spare, kStrip<T>});
   for (int64_t m = 0; m < row_count; ++m)
     for (int64_t v = 0; v < count; ++v) narrow(spare[m * kStrip<T> + v], to + m * row_step + v * lane_step);
 }

@@ -3,6 +3,7 @@
 
 #include "rotate_step.h"
 #include "square_root.h"
+#include "strip_tile.h"
 #include "vec.h"
 
 namespace teleport_fast::TELEPORT_FAST_ISA {
@@ -133,27 +134,12 @@ void pack_bases(const RotateItem& item) {
   }
 }
 
-template <class T>
-struct RowTile {
-  const T *matrix, *strip;
-  T* to;
-  int64_t depth;
-
-  template <int Rows>
-  INLINE void run(int64_t first) const {
-    Vec<T> sum[Rows][2];
-    multiply_tile<T, Rows, 2>(matrix + first * depth, depth, 1, strip, depth, sum);
-    for (int m = 0; m < Rows; ++m)
-      for (int v = 0; v < 2; ++v) store(sum[m][v], to + (first + m) * kStrip<T> + v * kLanes<T>);
-  }
-};
-
 // to = matrix x, strip by strip; matrix: (rows, rows).
 template <class T>
 NOINLINE void turn_rows(const RotateItem& item, const T* matrix, const T* x, T* to) {
   const int64_t rows = item.rows, pitch = rows * kStrip<T>;
   for (int64_t c = 0; c < item.column_count; c += kStrip<T>, x += pitch, to += pitch)
-    for_row_tiles(rows, RowTile<T>{matrix, x, to, rows});
+    for_row_tiles(rows, StripTile<T, T>{matrix, x, rows, to, kStrip<T>});
 }
 
 template <class T>
