@@ -107,7 +107,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     down = max(1, math.ceil(len(outcome.panels) / across))
     figure = Figure(figsize=(5.2 * across, 4.2 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{outcome.title} ({outcome.source})", fontsize=10)
+    figure.suptitle(f"{outcome.title}\n{outcome.source}", fontsize=9)
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes, panel in zip(grid, outcome.panels, strict=False):
         _draw_panel(axes, panel)
