@@ -4,6 +4,7 @@ import importlib
 import typing
 
 from teleport_fast import objectives, ops
+from teleport_fast.canonical import CanonicalReport, canonicalize
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
 from teleport_fast.ops.backend import backends, set_backend
 from teleport_fast.optimizer import Teleport, attach
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "At",
+    "CanonicalReport",
     "Every",
     "FoldedGains",
     "Joint",
@@ -34,6 +36,7 @@ __all__ = [
     "When",
     "attach",
     "backends",
+    "canonicalize",
     "curvature",
     "data_dependent",
     "find_symmetries",
