@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -260,6 +261,13 @@ class MLPAction:
         if self.keep_null_space:
             return [first + inverse.right(net.Z0 - first @ self._X), *net.tail]
         return [inverse.right(net.Z0), *net.tail]
+
+
+def at(action: MLPAction, weights: Sequence[Tensor]) -> MLPAction:
+    """The same action at other weights of the same shapes: what depends on X alone is shared."""
+    moved = copy.copy(action)
+    moved.weights, moved.report = list(weights), None
+    return moved
 
 
 def _relative(new: Tensor, old: Tensor) -> float:
