@@ -1,6 +1,7 @@
 """Teleportation along parameter symmetries for PyTorch: find them, move along them, train faster."""
 
 from teleport_fast import data_dependent, minima, objectives, ops
+from teleport_fast.conditions import First, OffEigenvector, Plateau, WorthItsTime
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
 from teleport_fast.minima import curvature, sharpness
 from teleport_fast.ops.backend import backends, set_backend
@@ -14,9 +15,12 @@ __version__ = "0.1.0"
 __all__ = [
     "At",
     "Every",
+    "First",
     "FoldedGains",
     "Joint",
+    "OffEigenvector",
     "Once",
+    "Plateau",
     "Schedule",
     "StepInfo",
     "Symmetries",
@@ -26,6 +30,7 @@ __all__ = [
     "VerifyReport",
     "View",
     "When",
+    "WorthItsTime",
     "attach",
     "backends",
     "curvature",

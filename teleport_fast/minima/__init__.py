@@ -1,5 +1,6 @@
 """How a minimum looks: its sharpness, its Hessian's eigenvalues, the curvature of the symmetry's curves; and teleports to others."""
 
+from teleport_fast.minima.alignment import Alignment, hessian_alignment
 from teleport_fast.minima.ball import worst_sharpness
 from teleport_fast.minima.curvature_mean import curvature, random_generators
 from teleport_fast.minima.curve_autograd import curvature_at, lie_curve
@@ -13,6 +14,7 @@ from teleport_fast.minima.sharpness_mean import losses_around, sharpness
 from teleport_fast.minima.teleport_to import MinimumReport, TeleportedTo, teleport_to
 
 __all__ = [
+    "Alignment",
     "MeanCurvature",
     "MeanSharpness",
     "Measure",
@@ -23,6 +25,7 @@ __all__ = [
     "curvature",
     "curvature_at",
     "curve_derivatives",
+    "hessian_alignment",
     "hessian_spectrum",
     "lie_curve",
     "lie_pullback",
