@@ -64,7 +64,7 @@ class OffEigenvector(Schedule):
     loss_fn(): the loss of the optimizer's parameters, with a graph; asked at those steps only, for a forward, a backward and one
     Hessian-vector product. `last` is the newest Alignment. Source: `hessian_alignment`, docs/theory.md.
 
-    >>> w = torch.ones(2, requires_grad=True)
+    >>> w = torch.tensor([9.0, 1.0], requires_grad=True)
     >>> optimizer = torch.optim.SGD([w])
     >>> OffEigenvector(lambda: w[0] ** 2 + 9 * w[1] ** 2, every=1).fires(StepInfo(0, optimizer, lambda: 1.0))
     True
