@@ -5,6 +5,7 @@ import typing
 
 from teleport_fast import objectives, ops
 from teleport_fast.canonical import CanonicalReport, canonicalize
+from teleport_fast.conditions import First, OffEigenvector, Plateau, WorthItsTime
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
 from teleport_fast.ops.backend import backends, set_backend
 from teleport_fast.optimizer import Teleport, attach
@@ -22,9 +23,12 @@ __all__ = [
     "At",
     "CanonicalReport",
     "Every",
+    "First",
     "FoldedGains",
     "Joint",
+    "OffEigenvector",
     "Once",
+    "Plateau",
     "Schedule",
     "StepInfo",
     "Symmetries",
@@ -34,6 +38,7 @@ __all__ = [
     "VerifyReport",
     "View",
     "When",
+    "WorthItsTime",
     "attach",
     "backends",
     "canonicalize",

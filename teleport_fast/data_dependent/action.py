@@ -272,6 +272,13 @@ class MLPAction:
         return [inverse.right(net.Z0), *net.tail]
 
 
+def at(action: MLPAction, weights: Sequence[Tensor]) -> MLPAction:
+    """The same action at other weights of the same shapes: what depends on X alone is shared."""
+    moved = copy.copy(action)
+    moved.weights, moved.report = list(weights), None
+    return moved
+
+
 def _relative(new: Tensor, old: Tensor) -> float:
     scale = float(torch.linalg.vector_norm(old))
     return float(torch.linalg.vector_norm(new - old)) / (scale if scale > 0 else 1.0)
