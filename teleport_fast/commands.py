@@ -1,4 +1,4 @@
-"""The verbs of `python -m teleport_fast`: doctor, inspect and train."""
+"""The verbs of `python -m teleport_fast`: doctor, inspect, train and reproduce."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from teleport_fast.experiments.arguments import numbers, positive
 from teleport_fast.experiments.gpt import MLPS, NORMS, POSITIONS, GPTConfig
+from teleport_fast.experiments.studies.command import reproduce
 from teleport_fast.experiments.train import Setting
 
 SETTING = Setting()
@@ -207,6 +209,9 @@ def train(
     raise typer.Exit(code)
 
 
+app.command()(reproduce)
+
+
 def build(factory: str) -> tuple[nn.Module, Any]:
     """Calls `MODULE:FUNCTION`; its model, and its example inputs or None.
 
@@ -229,26 +234,6 @@ def build(factory: str) -> tuple[nn.Module, Any]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"factory must return a torch.nn.Module, got {type(model).__name__} from {factory!r}")
     return model, inputs
-
-
-def numbers(name: str, listed: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
-    """The numbers in a list separated by commas.
-
-    >>> numbers("seeds", "0, 1", int)
-    (0, 1)
-    """
-    try:
-        return tuple(kind(part) for part in listed.split(","))
-    except ValueError:
-        example = "0,1" if kind is int else "0.001,0.002"
-        raise ValueError(f"{name} must be numbers separated by commas, got {listed!r}; for example {example}") from None
-
-
-def positive(name: str, value: int) -> int:
-    """`value` if it is at least 1; ValueError otherwise."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}; pass a positive integer")
-    return value
 
 
 def _model(
