@@ -183,7 +183,7 @@ def train(
     """Truncated back-propagation through time; yields the mean log loss over the horizon of each of `iterations` fresh batches.
 
     Adam on the mean of log L after every `unroll` steps, the gradient clipped at 1. The derivative runs through the gradients of
-    the task too, since at constant gradients an exact teleport changes the loss by second order only; published: it does not.
+    the task too; held constant, as published, they leave half: d L(g·w − ηG)/dg is −½η d‖∇L‖²/dg to first order, not −η d‖∇L‖²/dg.
     ValueError for counts under 1 or a meta_lr that is not positive.
     """
     for name, value in (("iterations", iterations), ("tasks", tasks), ("horizon", horizon), ("unroll", unroll)):
