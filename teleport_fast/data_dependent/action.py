@@ -121,6 +121,24 @@ class MLPAction:
         """apply with g = exp(t M)."""
         return self.apply([torch.linalg.matrix_exp(t * M) for M in Ms], loss_fn)
 
+    def random_teleport(
+        self, radius: float = 0.5, generator: torch.Generator | None = None, loss_fn: LossFunction | None = None
+    ) -> list[Tensor]:
+        """apply with g = exp(M), M of every joint uniform on ‖M‖_F = radius; how exact it was stands in `report`.
+
+        The published code draws I + T with T of positive entries only, so that all its moves point one way. ValueError for a
+        radius that is not positive and finite.
+
+        >>> action = MLPAction([torch.randn(4, 5).double(), torch.randn(2, 4).double()], torch.randn(5, 3).double())
+        >>> moved = action.random_teleport(0.5, torch.Generator().manual_seed(0))
+        >>> action.report.exact, action.report.output_change < 1e-12
+        (True, True)
+        """
+        if not (radius > 0 and math.isfinite(radius)):
+            raise ValueError(f"radius must be positive and finite, got {radius}; 0.5 changes scales by at most a factor of e^0.5")
+        draws = [torch.randn(k, k, generator=generator, dtype=self.X.dtype, device=self.X.device) for k in self.widths]
+        return self.apply_exp([M * (radius / torch.linalg.vector_norm(M)) for M in draws], 1.0, loss_fn)
+
     def apply_first_order(self, Ts: Sequence[Tensor], loss_fn: LossFunction | None = None) -> list[Tensor]:
         """apply with g = I + T; U-exact with I − T as its inverse, as published and not exact."""
         return self.apply([identity_plus(T) for T in Ts], loss_fn, inverse="first_order")
