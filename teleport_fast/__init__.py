@@ -1,6 +1,6 @@
 """Teleportation along parameter symmetries for PyTorch: find them, move along them, train faster."""
 
-from teleport_fast import data_dependent, minima, objectives, ops
+from teleport_fast import data_dependent, minima, objectives, ops, optim
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
 from teleport_fast.minima import curvature, sharpness
 from teleport_fast.ops.backend import backends, set_backend
@@ -35,6 +35,7 @@ __all__ = [
     "minima",
     "objectives",
     "ops",
+    "optim",
     "set_backend",
     "sharpness",
 ]

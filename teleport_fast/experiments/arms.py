@@ -18,7 +18,7 @@ from teleport_fast.experiments.muon import muon
 class Base:
     """An optimizer and its options; `table_rate=None` gives embeddings and head the blocks' rate.
 
-    `teleports`: whether a teleport can be attached to it.
+    `teleports`: whether a teleport can be attached to it; `wants_symmetries`: whether `make` takes the model's.
     """
 
     make: Callable[..., Optimizer]
@@ -26,6 +26,7 @@ class Base:
     rate: float
     table_rate: float | None
     teleports: bool = True
+    wants_symmetries: bool = False
 
 
 BASES = {
@@ -35,6 +36,10 @@ BASES = {
     "adagrad": Base(torch.optim.Adagrad, {}, 0.01, 0.03),
     "rmsprop": Base(torch.optim.RMSprop, {"alpha": 0.95}, 0.001, 0.003),
     "muon": Base(muon, {"momentum": 0.95}, 0.02, 0.01, teleports=False),
+    "rotated": Base(tf.optim.Rotated, {"betas": (0.9, 0.98)}, 0.006, 0.01, teleports=False, wants_symmetries=True),
+    "rotated-hidden": Base(
+        tf.optim.Rotated, {"betas": (0.9, 0.98), "hidden": True}, 0.006, 0.01, teleports=False, wants_symmetries=True
+    ),
 }
 TELEPORTED = tuple(name for name, base in BASES.items() if base.teleports)
 
@@ -120,6 +125,8 @@ def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | 
             f"rate must be positive, got {min(rate, table_rate)}; pass a learning rate such as {base.rate}"
         )
     options = dict(base.options)
+    if base.wants_symmetries:
+        options["symmetries"] = tf.find_symmetries(model)
     if "betas" in options:
         own = options["betas"]
         options["betas"] = (
