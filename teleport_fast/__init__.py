@@ -14,7 +14,7 @@ from teleport_fast.symmetry import Joint, Symmetries, VerifyReport, View
 from teleport_fast.teleporter import Teleporter, TeleportRecord
 
 if typing.TYPE_CHECKING:
-    from teleport_fast import data_dependent, minima, peers
+    from teleport_fast import data_dependent, minima, optim, peers
     from teleport_fast.minima import curvature, sharpness
 
 __version__ = "0.1.0"
@@ -49,13 +49,14 @@ __all__ = [
     "minima",
     "objectives",
     "ops",
+    "optim",
     "peers",
     "set_backend",
     "sharpness",
 ]
 
 # The papers' part is a third of the import's time and most scripts never touch it, so it is loaded at its first use.
-_LAZY = {"data_dependent": None, "minima": None, "peers": None, "curvature": "minima", "sharpness": "minima"}
+_LAZY = {"data_dependent": None, "minima": None, "optim": None, "peers": None, "curvature": "minima", "sharpness": "minima"}
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -89,6 +89,10 @@ def train(
     every: Annotated[int | None, typer.Option(help="Steps between teleports of the second arm.")] = None,
     radius: Annotated[float | None, typer.Option(help="Largest distance of one move of the second arm.")] = None,
     direction: Annotated[str | None, typer.Option(help="ascend or descend the objective of the second arm.")] = None,
+    momentum: Annotated[
+        float | None,
+        typer.Option(help="Decay of the first moment in all arms: beta1, or momentum. Default: each arm's own."),
+    ] = None,
     mlp: Mlp = "relu2",
     norm: Norm = "rms",
     positions: Positions = "learned",
@@ -134,7 +138,7 @@ def train(
         names = [name.strip() for name in arms.split(",")]
     changes: dict[str, Any] = {"every": every, "radius": radius, "direction": direction}
     # The random control keeps its own period: it answers whether any turning helps, not how often.
-    chosen = [arm_named(name, base, **({} if name == "random" else changes)) for name in names]
+    chosen = [arm_named(name, base, momentum=momentum, **({} if name == "random" else changes)) for name in names]
     request = Request(
         arms=tuple(chosen),
         seeds=numbers("seeds", seeds, int) if seeds else ((100, 101) if sweep else (0, 1)),

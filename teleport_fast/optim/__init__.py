@@ -1,0 +1,5 @@
+"""Optimizers with the move fused into the step."""
+
+from teleport_fast.optim.rotated import Rotated
+
+__all__ = ["Rotated"]

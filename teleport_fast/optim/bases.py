@@ -1,0 +1,75 @@
+"""The bases of `Rotated`: one warm step of orthogonal iteration, by Cholesky-QR or, where that is ill-conditioned, Householder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# ‖Q Qᵀ − I‖ after the first of two Cholesky passes above which the second is not trusted to finish the work.
+WELL_CONDITIONED = 0.1
+
+
+def images(covariance: Tensor, basis: Tensor) -> Tensor:
+    """R C with rows of unit length, up to a shift; both (batch, h, h), rows of `basis` are the basis vectors.
+
+    The shift, 100 eps of C's mean eigenvalue, keeps directions that no gradient has seen near where they are, instead of
+    letting rounding choose them; with C = 0 the basis is its own image.
+    """
+    info = torch.finfo(basis.dtype)
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    rows = basis @ covariance + (100 * info.eps * mean + info.tiny / info.eps) * basis
+    # twice, so that the squares of tiny entries do not underflow
+    rows = rows / rows.abs().amax(-1, keepdim=True)
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+
+
+def householder(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span what the rows before span, each on the side of its row; (batch, h, h).
+
+    >>> householder(torch.tensor([[[2.0, 0.0], [1.0, -3.0]]]))
+    tensor([[[ 1.,  0.],
+             [ 0., -1.]]])
+    """
+    q, r = torch.linalg.qr(rows.mT)
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+    return (q * signs.unsqueeze(-2)).mT + 0.0
+
+
+def cholesky_qr(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by two Cholesky passes, and which of the batch came out wrong, (batch,) bool; nothing is read back.
+
+    A warm basis' images are nearly orthogonal, and each pass squares what is missing. Source: CholeskyQR2, Fukaya et al.,
+    arXiv 1401.1669 (here with rows of unit length); tests/optim/test_bases.py.
+    """
+    eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
+    rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+    gram = rows @ rows.mT
+    missing = (gram - eye).abs().sum(-1).amax(-1)
+    factor, second = torch.linalg.cholesky_ex(gram)
+    rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+    wrong = (info != 0) | (second != 0) | ~(missing < WELL_CONDITIONED) | ~rows.isfinite().all(-1).all(-1)
+    return rows, wrong
+
+
+def next_basis(covariance: Tensor, basis: Tensor, by_householder: bool, deferred: bool) -> tuple[Tensor, Tensor | None]:
+    """One step of orthogonal iteration from `basis`: Q R = qr(C Rᵀ), and which of the batch are ill-conditioned.
+
+    covariance, basis: (batch, h, h). Fixed points are C's eigenbases. `deferred`: nothing is read back, what Cholesky-QR
+    cannot do stays where it is this time, and the second result says where that was; else it is done by Householder at
+    once, and the second result is None. A covariance that is not finite leaves its basis alone.
+    """
+    rows = images(covariance, basis)
+    if by_householder:
+        return _unless_finite(householder(rows.nan_to_num(0.0, 0.0, 0.0)), basis, rows), None
+    found, wrong = cholesky_qr(rows)
+    if deferred:
+        return torch.where(wrong[:, None, None], basis, found), wrong
+    if bool(wrong.any()):
+        again = rows[wrong]
+        found[wrong] = _unless_finite(householder(again.nan_to_num(0.0, 0.0, 0.0)), basis[wrong], again)
+    return found, None
+
+
+def _unless_finite(found: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
+    return torch.where(rows.isfinite().all(-1).all(-1)[:, None, None], found, basis)
