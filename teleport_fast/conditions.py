@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from teleport_fast.minima.alignment import Alignment, hessian_alignment
 from teleport_fast.schedule import Schedule, StepInfo
+
+if TYPE_CHECKING:
+    from teleport_fast.minima.alignment import Alignment
 
 
 class Plateau(Schedule):
@@ -82,6 +84,8 @@ class OffEigenvector(Schedule):
         self.last: Alignment | None = None
 
     def fires(self, info: StepInfo) -> bool:
+        from teleport_fast.minima.alignment import hessian_alignment  # the papers' part is loaded where it is used
+
         if info.step % self.every:
             return False
         params = [p for group in info.optimizer.param_groups for p in group["params"] if p.requires_grad]

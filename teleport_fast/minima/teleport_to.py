@@ -155,5 +155,5 @@ def _moved(action: MLPAction, Ts: list[Tensor]) -> MLPAction | None:
         moved = move(action._network(), gs, inverses, action._shared())
     except torch.linalg.LinAlgError:
         return None
-    weights = action._weights(moved.net, moved.lead)
+    weights = action._weights(moved.net.Z0, moved.net.tail, moved.lead)
     return at(action, weights) if all(bool(torch.isfinite(W).all()) for W in weights) else None
