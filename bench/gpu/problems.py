@@ -91,6 +91,15 @@ def problems(dtype: torch.dtype, device: torch.device, heads: int, h: int, n: in
     moments = [wide(heads, h, n).abs() for _ in range(2)]
     once = 3 * size_of(plus) + 2 * size_of(*moments) + square
     yield Problem("rotate_step_", label, (plus, state[0], *moments, g), turn, once)
+    right = torch.linalg.qr(wide(n, n))[0].contiguous()
+
+    def turn_both(p: Tensor, g: Tensor, m: Tensor, v: Tensor, left: Tensor, right: Tensor) -> Outputs:
+        ops.rotate_step_([p], [g], [m], [v], [left], [right], step=2, lr=1e-3)
+        return p, m, v
+
+    # Wide on the right, so that the CUDA and Triton backends leave that turn to the BLAS.
+    inputs = (plus, state[0], *moments, g, right)
+    yield Problem("rotate_step_ both sides", label, inputs, turn_both, once + size_of(right))
     Z, mixing = normal(h, n), wide(h, h).to(dtype) / h**0.5
 
     def mix(Z: Tensor, g: Tensor) -> Outputs:

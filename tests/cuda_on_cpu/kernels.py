@@ -81,6 +81,23 @@ class GroupActionPlan(ctypes.Structure):
     ]
 
 
+class RotateView(ctypes.Structure):
+    _fields_ = [("views", emulated.ViewStruct * 4), ("bases", ctypes.c_void_p * 2)]
+
+
+class RotatePlan(ctypes.Structure):
+    _fields_ = [
+        *[(name, I32) for name in ("left", "right", "base", "part", "float64", "fused_left", "fused_right")],
+        *[(name, I32) for name in ("heads", "rows", "columns", "panel_rows", "row_groups", "column_groups", "width")],
+        *[(name, I32) for name in ("panels", "row_blocks", "splits", "run", "whole_rows", "resume", "tiles")],
+        ("shared_bytes", I64),
+        ("workspace", I64),
+    ]
+
+
+WHOLE_STEP, TURNED_PART, UPDATE = range(3)
+
+
 def interleaved(plus: Sequence[Tensor], minus: Sequence[Tensor], joints: int) -> list[Tensor]:
     """Joint-major, each joint's plus views first."""
     p, m = len(plus) // joints, len(minus) // joints
@@ -189,6 +206,77 @@ class Kernels:
             None,
         )
         self.emulator.check(code)
+
+    def rotate_step_(
+        self,
+        lists: Sequence[Sequence[Tensor]],
+        left: Sequence[Tensor],
+        right: Sequence[Tensor],
+        base: int,
+        *step: float,
+        wanted_blocks: int = 1,
+        shared_limit: int = 163 << 10,
+    ) -> RotatePlan:
+        """What launch.cpp does: the whole step in one launch, or torch's products around the part in the turned basis."""
+        limits = wanted_blocks, shared_limit
+        parameters, gradients, *moments = lists
+        plan, views = self.rotate_plan(lists, left, right, base, WHOLE_STEP, *limits)
+        if (plan.fused_left, plan.fused_right) == (plan.left, plan.right):
+            self.rotate_launch(plan, views, lists, [*left, *right], step)
+            return plan
+        apart_left, apart_right = [] if plan.fused_left else left, [] if plan.fused_right else right
+        acc = accumulator(parameters[0].dtype)
+        turned = [g.flatten(2).to(acc) for g in gradients]
+        turned = [left[i] @ x for i, x in enumerate(turned)] if apart_left else turned
+        turned = [x @ right[i].mT for i, x in enumerate(turned)] if apart_right else turned
+        kept_left, kept_right = [] if apart_left else left, [] if apart_right else right
+        inner = [turned, turned, *moments]
+        self.rotate_launch(
+            *self.rotate_plan(inner, kept_left, kept_right, base, TURNED_PART, *limits), inner, [*left, *right], step
+        )
+        turned = [u @ right[i] for i, u in enumerate(turned)] if apart_right else turned
+        turned = [left[i].mT @ u for i, u in enumerate(turned)] if apart_left else turned
+        outer = [parameters, turned, turned, turned]
+        self.rotate_launch(*self.rotate_plan(outer, [], [], base, UPDATE, *limits), outer, [], step)
+        return plan
+
+    def rotate_plan(
+        self,
+        lists: Sequence[Sequence[Tensor]],
+        left: Sequence[Tensor],
+        right: Sequence[Tensor],
+        base: int,
+        part: int,
+        *limits: int,
+    ) -> tuple[RotatePlan, ctypes.Array]:
+        count = len(lists[0])
+        views = (RotateView * count)()
+        for i in range(count):
+            seconds = lists[3] or lists[2]
+            views[i].views[:] = [emulated.view_struct(tensors[i]) for tensors in (*lists[:3], seconds)]
+            views[i].bases[:] = [bases[i].data_ptr() if bases else None for bases in (left, right)]
+        float64 = lists[0][0].dtype == torch.float64
+        plan = RotatePlan(left=bool(left), right=bool(right), base=base, part=part, float64=float64)
+        planner = self.library.tf_cuda_rotate_step_plan
+        self.emulator.check(planner(views, I64(count), *map(I64, limits), ctypes.byref(plan)))
+        return plan, views
+
+    def rotate_launch(
+        self,
+        plan: RotatePlan,
+        views: ctypes.Array,
+        lists: Sequence[Sequence[Tensor]],
+        bases: Sequence[Tensor],
+        step: Sequence[float],
+    ) -> None:
+        acc = accumulator(lists[0][0].dtype)
+        workspace = torch.full((plan.workspace + 1,), torch.nan, dtype=acc)
+        self.emulator.begin([*lists[1], *bases], [*lists[0], *lists[2], *lists[3], workspace])
+        code = self.library.tf_cuda_rotate_step_(
+            self.emulator.table(views), I64(len(views)), ctypes.byref(plan), (F64 * 6)(*step), pointer(workspace), None
+        )
+        self.emulator.check(code)
+        assert workspace[-1].isnan()
 
     def planned(self, plan: Any, views: ctypes.Array, *arguments: Any) -> int:
         """The number of tiles that a planner counts; raises where it refuses."""

@@ -56,8 +56,15 @@ def test_a_useless_gradient_adds_nothing(kernels: Any, useless: float) -> None:
     assert not torch.equal(with_bad, 0.9 * c)
 
 
-def test_traffic_is_the_gradient_once_and_the_partial_products_twice(kernels: Any) -> None:
-    g, c = torch.randn(2, 64, 1024), start(1, 2, 64, torch.float32)
+@pytest.mark.parametrize(
+    ("h", "n", "dtype"),
+    [(64, 768, torch.float32), (64, 1024, torch.bfloat16), (128, 2048, torch.float32)],
+)
+def test_traffic_is_the_gradient_once_and_the_partial_products_twice_in_whole_sectors(
+    kernels: Any, h: int, n: int, dtype: torch.dtype
+) -> None:
+    g, c = torch.randn(1, h, n).to(dtype), start(1, 1, h, torch.promote_types(dtype, torch.float32))
     kernels.covariance_(c, [g], 0.9)
     traffic = kernels.emulator.traffic()
     assert traffic.bytes <= 1.15 * (g.nbytes + 2 * c.nbytes), traffic.bytes / (g.nbytes + 2 * c.nbytes)
+    assert traffic.sector_ratio <= 1.1, traffic.sector_ratio
