@@ -111,7 +111,7 @@ class MetaOptimizer(nn.Module):
     ((2,), (2, 4, 4))
     """
 
-    def __init__(self, n: int, kind: str = "rate+element", lr: float = 1e-4, radius: float = 0.02, hidden: int | None = None) -> None:
+    def __init__(self, n: int, kind: str = "rate+element", lr: float = 1e-4, radius: float = 0.01, hidden: int | None = None) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
