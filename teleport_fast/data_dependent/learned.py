@@ -102,8 +102,8 @@ class MetaOptimizer(nn.Module):
     As published: a local step with the gradient (times the learned rate) or the learned update, then, by the element that an
     LSTM gives for the same gradients, a teleport. "rate" is the control without an element. Different from the published code:
     the action is exact (g = I + T, ‖T‖_F < radius, and its inverse; published I − T for that, ‖T‖_F = 0.01), the gradient enters as g/‖g‖
-    and log‖g‖ (published: as it is), a rate is lr exp(2 tanh ·) (published: clamped, without gradient outside), an update is
-    in units of lr‖g‖. hidden: default 20 with a learned rate, 300 with a learned update, as published.
+    and log‖g‖ (published: as it is), a rate is lr exp(2 tanh ·) (published: clamped, without gradient outside),
+    heads start at 0. hidden: default 20 with a learned rate, 300 with a learned update, as published.
 
     >>> optimizer, tasks = MetaOptimizer(4, "rate+element", lr=1e-3), Tasks.draw(2, 4)
     >>> loss, state = optimizer.step(tasks, optimizer.start(tasks))
@@ -111,7 +111,7 @@ class MetaOptimizer(nn.Module):
     ((2,), (2, 4, 4))
     """
 
-    def __init__(self, n: int, kind: str = "rate+element", lr: float = 1e-4, radius: float = 0.1, hidden: int | None = None) -> None:
+    def __init__(self, n: int, kind: str = "rate+element", lr: float = 1e-4, radius: float = 0.01, hidden: int | None = None) -> None:
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -130,7 +130,7 @@ class MetaOptimizer(nn.Module):
         if heads:
             self.lstms["element"] = TwoLayerLSTM(inputs, hidden, heads)
         if self.learns_update:
-            self.lstms["local"] = TwoLayerLSTM(inputs, hidden, [2 * n * n, 1])
+            self.lstms["local"] = TwoLayerLSTM(inputs, hidden, [2 * n * n])
 
     def start(self, tasks: Tasks) -> State:
         """The tasks' first weights, empty memories, gradient descent's rate; ValueError for tasks of another size."""
@@ -146,10 +146,9 @@ class MetaOptimizer(nn.Module):
         features = self._features(loss, G_U, G_V, norm)
         memory, rate = dict(state.memory), state.rate
         if self.learns_update:
-            (direction, log_scale), memory["local"] = self.lstms["local"](features, state.memory["local"])
-            scale = (self.lr * norm.detach()).reshape(-1, 1, 1) * log_scale.to(rate).clamp(-6, 6).exp().unsqueeze(-1)
-            dU, dV = direction.to(rate).reshape(-1, 2, self.n, self.n).unbind(1)
-            U, V = state.U - scale * dU, state.V - scale * dV
+            (update,), memory["local"] = self.lstms["local"](features, state.memory["local"])
+            dU, dV = update.to(rate).reshape(-1, 2, self.n, self.n).unbind(1)
+            U, V = state.U - dU, state.V - dV
         else:
             U, V = state.U - rate * G_U, state.V - rate * G_V
         if "element" in self.lstms:

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 @dataclass(frozen=True)
 class LevelSetResult(PeerResult):
-    """PeerResult with `kkt`: the share of ∇ log‖∇L‖ that lies in the level set where the search ended, 0 at a stationary point."""
+    """PeerResult with `kkt`: the share of ∇ log‖∇L‖ that lies in the level set where the last step began, 0 at a stationary point."""
 
     kkt: float = math.nan
 
