@@ -75,6 +75,12 @@ class MLPAction:
         """Copies moved weights into the Sequential that they came from, biases included."""
         write_sequential(model, weights)
 
+    def at(self, weights: Sequence[Tensor]) -> MLPAction:
+        """The same action, batch and options at other weights of the same shapes."""
+        moved = copy.copy(self)
+        moved.weights, moved.report = [weight.detach() for weight in weights], None
+        return moved
+
     @property
     def widths(self) -> list[int]:
         """The hidden widths: g_m is (widths[m], widths[m])."""
@@ -171,7 +177,9 @@ class MLPAction:
             path = ascend_with_search(net, self._shared(), loss, steps, lr, cap, sign, group, radius)
         before = path.steps[0].objective if path.steps else path.back.J
         weights = self._weights(path.net, path.lead) if any(step.T for step in path.steps) else self.weights
-        return self._teleported(weights, path, loss_fn, before, not code, recheck, recheck_factor, net.outputs)
+        return self._teleported(
+            weights, path, loss_fn, before, not code, recheck, recheck_factor, net.outputs, "published" if code else group
+        )
 
     def _published(
         self, loss_fn: LossFunction, code: str, steps: int, lr: float, cap: float, ascend: bool
@@ -195,6 +203,7 @@ class MLPAction:
         recheck: Callable[[Sequence[Tensor]], Tensor | float] | None,
         recheck_factor: float,
         old: Tensor | None = None,
+        group: str = "published",
     ) -> Teleported:
         checks = (None, None) if recheck is None else (float(recheck(self.weights)), float(recheck(weights)))
         undone = checks[0] is not None and checks[1] is not None and not checks[1] <= recheck_factor * checks[0]
@@ -210,7 +219,7 @@ class MLPAction:
         report = TeleportReport(
             **vars(base), objective_before=before, objective_after=path.back.J, steps=path.steps, at_round_off=idle,
             stopped="undone: the recheck's loss rose from {:.6g} to {:.6g}".format(*checks) if undone else path.stopped,
-            recheck_before=checks[0], recheck_after=checks[1], undone=undone,
+            recheck_before=checks[0], recheck_after=checks[1], undone=undone, group=group,
         )
         self.report = report
         report.warn(4)

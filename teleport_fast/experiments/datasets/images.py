@@ -1,4 +1,4 @@
-"""A set of labelled images as rows of bytes, turned into standardised numbers only where they are used."""
+"""A set of labelled images as rows of bytes, turned into numbers from 0 to 1 only where they are used."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Images:
 
     >>> split = Split(torch.tensor([[0, 4], [2, 2]], dtype=torch.uint8), torch.tensor([0, 1]))
     >>> Images("toy", split, split, classes=2, white=4).inputs(split)
-    tensor([[-1.4142,  1.4142],
-            [ 0.0000,  0.0000]])
+    tensor([[0.0000, 1.0000],
+            [0.5000, 0.5000]])
     """
 
     name: str
@@ -47,10 +47,6 @@ class Images:
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0 or high >= self.classes:
                 raise ValueError(f"{self.name}'s {title} labels must lie in 0..{self.classes - 1}, got {low}..{high}; check its files")
-        pixels = self.train.pixels.float()
-        # One mean and one spread over all pixels, as the papers normalise; of the training split alone.
-        object.__setattr__(self, "_mean", float(pixels.mean()))
-        object.__setattr__(self, "_sd", max(float(pixels.std(correction=0)), 1e-12))
 
     @property
     def width(self) -> int:
@@ -58,7 +54,6 @@ class Images:
         return int(self.train.pixels.shape[1])
 
     def inputs(self, split: Split, index: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(images, width) of the split's rows `index`, less the training pixels' mean and over their spread."""
+        """(images, width) of the split's rows `index`, divided by white, as the papers read them."""
         pixels = split.pixels if index is None else split.pixels[index]
-        standard: Tensor = (pixels.to(dtype) - self._mean) / self._sd  # type: ignore[attr-defined]
-        return standard
+        return pixels.to(dtype) / self.white
