@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <utility>
 
+#ifndef NOINLINE
+#define NOINLINE __attribute__((noinline))
+#endif
+
 #define TELEPORT_FAST_FORTRAN(p, T)                                                                                               \
   void p##gemm_(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*, const T*, const int*, \
                 const T*, T*, const int*) __attribute__((weak));                                                                  \
@@ -62,7 +66,7 @@ enum class As { Is, Transposed };
 
 // C = alpha op(A) op(B) + beta C.
 template <class T>
-void product(const Matrix<T>& A, As a, const Matrix<T>& B, As b, const Matrix<T>& C, T alpha = 1, T beta = 0) {
+NOINLINE void product(const Matrix<T>& A, As a, const Matrix<T>& B, As b, const Matrix<T>& C, T alpha = 1, T beta = 0) {
   const int m = int(C.rows), n = int(C.cols), k = int(a == As::Is ? A.cols : A.rows);
   const int lda = int(A.ld), ldb = int(B.ld), ldc = int(C.ld);
   // Fortran sees every matrix transposed: Cᵀ = op(B)ᵀ op(A)ᵀ.

@@ -1,11 +1,12 @@
 // data_dependent_steps_ on the CPU: whole steps of the published V-exact teleport in one call, on memory taken once.
 //
-// Formulas as in teleport_fast/ops/data_dependent_steps.py. Where a hidden layer is as wide as the batch, H⁺ is H⁻¹ and
-// K_1 H⁻ᵀ = RE_1 + E_1(H⁻¹Rh_0)ᵀ, so that K_1 is never formed.
+// Formulas as in teleport_fast/ops/data_dependent_steps.py. Where the first hidden layer is as wide as the batch, H⁺ is H⁻¹:
+// K_1 H⁺ᵀ is RE_1 + Y with Y = E_1 Rh_0ᵀ H⁻ᵀ, and K_1 W_1ᵀ is (RE_1 + Y)Z_1ᵀ, so that K_1 is never formed.
 #include <algorithm>
 #include <cmath>
 
 #include "../ops.h"
+#include "arena.h"
 #include "host.h"
 #include "output_loss.h"
 #include "right_inverse.h"
@@ -23,13 +24,13 @@ Matrix<T> matrix_of(const Tensor& tensor) {
 
 // σ and its derivative, LeakyReLU of `slope`; all matrices with the same ld.
 template <class T>
-void activate(const Matrix<T>& Z, const Matrix<T>& H, T slope) {
-  for (int64_t i = 0; i < Z.span(); ++i) H.data[i] = Z.data[i] > 0 ? Z.data[i] : Z.data[i] * slope;
+NOINLINE void activate(const Matrix<T>& Z, const Matrix<T>& H, T slope) {
+  for (int64_t i = 0; i < Z.span(); ++i) H.data[i] = Z.data[i] * (Z.data[i] > 0 ? T(1) : slope);
 }
 
 template <class T>
-void pull(const Matrix<T>& G, const Matrix<T>& Z, const Matrix<T>& out, T slope) {
-  for (int64_t i = 0; i < Z.span(); ++i) out.data[i] = Z.data[i] > 0 ? G.data[i] : G.data[i] * slope;
+NOINLINE void pull(const Matrix<T>& G, const Matrix<T>& Z, const Matrix<T>& out, T slope) {
+  for (int64_t i = 0; i < Z.span(); ++i) out.data[i] = G.data[i] * (Z.data[i] > 0 ? T(1) : slope);
 }
 
 struct Settings {
@@ -82,7 +83,6 @@ class Loop {
       }
     }
     square_ = layers_[0].Z.rows == batch_;
-    up0_ = square_ ? take(batch_, batch_) : layers_[0].E;
     for (Matrix<T>& matrix : wide_) matrix = take(widest, batch_);
     // Room for any (width, width) with its padding, and for a factor's probes.
     for (Matrix<T>& matrix : narrow_) matrix = take(widest, widest + kProbes);
@@ -120,7 +120,8 @@ class Loop {
       for (size_t m = 0; m < joints_; ++m) {
         const int64_t k = layers_[m].Z.rows;
         const Matrix<T> t{static_cast<T*>(Ts[m].data_ptr()) + step * k * k, k, k, k};
-        if (!(m ? later_joint(m, t, step == 0) : first_joint(t))) return false;
+        if (!m) first_joint(t);
+        else if (!later_joint(m, t, step == 0)) return false;
         identity_plus(t, layers_[m].g);
       }
       if (!move(step == 0)) return false;
@@ -137,12 +138,10 @@ class Loop {
   }
 
  private:
+  // What lies behind the last column is computed with, and read by nobody.
   Matrix<T> take(int64_t rows, int64_t cols) {
-    const int64_t ld = padded(cols), bytes = rows * ld * int64_t(sizeof(T));
-    memory_.push_back(allocate(bytes));
-    // What lies behind the last column is computed with, and read by nobody.
-    std::memset(memory_.back().get(), 0, size_t(bytes));
-    return {static_cast<T*>(memory_.back().get()), rows, cols, ld};
+    const int64_t ld = padded(cols);
+    return {static_cast<T*>(memory_.take(rows * ld * int64_t(sizeof(T)))), rows, cols, ld};
   }
 
   Turned<T> take_twice(int64_t rows, int64_t cols) {
@@ -185,9 +184,8 @@ class Loop {
       const Layer<T>&layer = layers_[m], &above = layers_[m + 1];
       product(above.E, As::Is, layer.H, As::Transposed, above.G);
       sum += squares(above.G);
-      const Matrix<T>& up = m ? layer.E : up0_;
-      product(above.W, As::Transposed, above.E, As::Is, up);
-      pull(up, layer.Z, layer.E, slope_);
+      product(above.W, As::Transposed, above.E, As::Is, layer.E);
+      pull(layer.E, layer.Z, layer.E, slope_);
     }
     // RZ of the first layer: ∇L's part of the first weight, times X.
     product(layers_[0].E, As::Is, gram_, As::Is, layers_[0].RZ);
@@ -200,20 +198,15 @@ class Loop {
       const Layer<T>& layer = layers_[m];
       Layer<T>& above = layers_[m + 1];
       pull(layer.RZ, layer.Z, layer.Rh, slope_);
-      // W_1 Rh_0 alone is kept where it stands for K_1.
-      const bool kept = m == 0 && square_ && joints_ > 1;
-      const Matrix<T> WRh = kept ? wide(2, above.Z.rows) : above.RZ;
-      product(above.W, As::Is, layer.Rh, As::Is, WRh);
-      if (kept) copy(WRh, above.RZ);
+      product(above.W, As::Is, layer.Rh, As::Is, above.RZ);
       product(above.G, As::Is, layer.H, As::Is, above.RZ, T(1), T(1));
     }
     loss_.hessian_product(layers_[joints_].RZ, layers_[joints_].RE);
     for (size_t m = joints_; m-- > 0;) {
       const Layer<T>&layer = layers_[m], &above = layers_[m + 1];
-      if (m || !square_) {
-        product(above.RE, As::Is, layer.H, As::Transposed, above.K);
-        product(above.E, As::Is, layer.Rh, As::Transposed, above.K, T(1), T(1));
-      }
+      // Of the first joint's K_U a square H asks only for the second term.
+      product(above.E, As::Is, layer.Rh, As::Transposed, above.K);
+      if (m || !square_) product(above.RE, As::Is, layer.H, As::Transposed, above.K, T(1), T(1));
       if (!m) break;
       product(above.G, As::Transposed, above.E, As::Is, layer.RE);
       product(above.W, As::Transposed, above.RE, As::Is, layer.RE, T(1), T(1));
@@ -221,22 +214,22 @@ class Loop {
     }
   }
 
-  // T_0 = scale [σ' ⊙ (GᵀE + Uᵀ(RE − K_U H⁺ᵀ))]Z₀ᵀ.
-  bool first_joint(const Matrix<T>& t) {
+  // T_0 = scale [σ' ⊙ (GᵀE + Uᵀ(RE − K_U H⁺ᵀ))]Z₀ᵀ; of RE, RE + Y is left where H is square.
+  void first_joint(const Matrix<T>& t) {
     const Layer<T>&layer = layers_[0], &above = layers_[1];
     const Matrix<T> below = wide(0, layer.Z.rows);
     product(above.G, As::Transposed, above.E, As::Is, below);
     if (square_) {
-      // RE − K_U H⁻ᵀ is −E(H⁻¹Rh)ᵀ, and UᵀE is at hand.
-      layer.inverse.left(layer.Rh);
-      product(up0_, As::Is, layer.Rh, As::Transposed, below, T(-1), T(1));
+      const Matrix<T> Y = wide(1, above.Z.rows);
+      layer.inverse.right_transposed(above.K, Y, narrow_[0].data);
+      product(above.W, As::Transposed, Y, As::Is, below, T(-1), T(1));
+      for (int64_t i = 0; i < Y.span(); ++i) above.RE.data[i] += Y.data[i];
     } else {
       layer.inverse.right_transposed(above.K, above.RE, narrow_[0].data, T(-1), T(1));
       product(above.W, As::Transposed, above.RE, As::Is, below, T(1), T(1));
     }
     pull(below, layer.Z, below, slope_);
     product(below, As::Is, layer.Z, As::Transposed, t, T(settings_.scale));
-    return true;
   }
 
   // T_m = scale [K_V Vᵀ − (σ'(Z) ⊙ (Uᵀ K_U H⁺ᵀ))Zᵀ], Z = V lead h.
@@ -249,18 +242,18 @@ class Loop {
     }
     if (!factor(m, H)) return false;
     const T scale = T(settings_.scale);
-    const Matrix<T> solved = wide(3, above.Z.rows), pulled = wide(4, layer.Z.rows);
+    const Matrix<T> solved = wide(2, above.Z.rows), pulled = wide(3, own.rows);
     layer.inverse.right_transposed(above.K, solved, narrow_[0].data);
     product(above.W, As::Transposed, solved, As::Is, pulled);
     pull(pulled, Z, pulled, slope_);
-    product(pulled, As::Is, Z, As::Transposed, t, -scale);
-    if (m == 1 && square_) {
-      // K_V Vᵀ = RE(Vh)ᵀ + E(V Rh)ᵀ.
-      product(layer.RE, As::Is, layer.Z, As::Transposed, t, scale, T(1));
-      product(layer.E, As::Is, wide(2, layer.Z.rows), As::Transposed, t, scale, T(1));
+    if (m > 1 || !square_) {
+      product(layer.K, As::Is, layer.W, As::Transposed, t, scale);
+    } else if (fresh) {
+      for (int64_t i = 0; i < pulled.span(); ++i) pulled.data[i] -= layer.RE.data[i];
     } else {
-      product(layer.K, As::Is, layer.W, As::Transposed, t, scale, T(1));
+      product(layer.RE, As::Is, own, As::Transposed, t, scale);
     }
+    product(pulled, As::Is, Z, As::Transposed, t, -scale, m > 1 || !square_ || !fresh ? T(1) : T(0));
     return true;
   }
 
@@ -272,7 +265,7 @@ class Loop {
     layers_[0].inverse.right(layers_[1].Z, layers_[1].W, narrow_[0].data);
     for (size_t m = 1; m < joints_; ++m) {
       Layer<T>&layer = layers_[m], &above = layers_[m + 1];
-      const Matrix<T> Z = wide(0, layer.Z.rows), H = wide(1, layer.Z.rows), U = wide(3, above.Z.rows);
+      const Matrix<T> Z = wide(0, layer.Z.rows), H = wide(1, layer.Z.rows), U = wide(2, above.Z.rows);
       read_stale(m, layer.W, Z, fresh);
       activate(Z, H, slope_);
       product(above.W, As::Is, H, As::Is, U);
@@ -304,9 +297,9 @@ class Loop {
   const size_t joints_;
   const int64_t batch_;
   bool square_ = false;
-  std::vector<Scratch> memory_;
+  Arena memory_;
   std::vector<Layer<T>> layers_;
-  Matrix<T> up0_, gram_, wide_[5], narrow_[2];
+  Matrix<T> gram_, wide_[4], narrow_[2];
   Turned<T> first_lead_;
   OutputLoss<T> loss_;
 };

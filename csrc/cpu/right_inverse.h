@@ -11,7 +11,7 @@ namespace teleport_fast {
 
 // ⟨A, B⟩ in eight sums, so that no addition waits for the one before.
 template <class T>
-double dot(const Matrix<T>& A, const Matrix<T>& B) {
+NOINLINE double dot(const Matrix<T>& A, const Matrix<T>& B) {
   T sums[8] = {};
   for (int64_t i = 0; i < A.rows; ++i) {
     const T *a = A.data + i * A.ld, *b = B.data + i * B.ld;
@@ -31,7 +31,7 @@ double squares(const Matrix<T>& A) {
 }
 
 template <class T>
-void copy(const Matrix<T>& from, const Matrix<T>& to) {
+NOINLINE void copy(const Matrix<T>& from, const Matrix<T>& to) {
   if (from.ld == to.ld) std::memcpy(to.data, from.data, size_t(from.span() - from.ld + from.cols) * sizeof(T));
   else
     for (int64_t i = 0; i < from.rows; ++i) std::memcpy(to.data + i * to.ld, from.data + i * from.ld, size_t(from.cols) * sizeof(T));
@@ -113,20 +113,6 @@ struct RightInverse {
     const Matrix<T> half{work, K.rows, H.rows, H.rows};
     product(K, As::Is, factor, As::Is, half);
     product(half, As::Is, H, As::Is, out, alpha, beta);
-  }
-
-  // R -> H⁻¹R in place, H square, R (k, B).
-  void left(const Matrix<T>& R) const {
-    const int n = int(R.rows), columns = int(R.cols), ld = int(factor.ld), ldr = int(R.ld);
-    const T one = 1;
-    // Fortran: RᵀH⁻ᵀ = RᵀU⁻¹L⁻¹Pᵀ.
-    Blas<T>::trsm("R", "U", "N", "N", &columns, &n, &one, factor.data, &ld, R.data, &ldr);
-    Blas<T>::trsm("R", "L", "N", "U", &columns, &n, &one, factor.data, &ld, R.data, &ldr);
-    for (int64_t i = n - 1; i >= 0; --i) {
-      const int64_t j = pivots[size_t(i)] - 1;
-      if (j != i)
-        for (int64_t c = 0; c < R.cols; ++c) std::swap(R.data[i * R.ld + c], R.data[j * R.ld + c]);
-    }
   }
 
  private:
