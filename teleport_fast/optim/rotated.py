@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
+from teleport_fast.optim.plain_adamw import plain_adamw_
 from teleport_fast.optim.refresh import AXES, Refresh, view_of
 from teleport_fast.optim.sides import Known, Rules
 from teleport_fast.optim.table import Line, Memory, memory_of, render
@@ -221,32 +221,7 @@ class Rotated(Optimizer):
 
     def _step_rest(self, places: list[Place]) -> None:
         for g, group in enumerate(self.param_groups):
-            parameters = [group["params"][i] for of, i in places if of == g]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                state = self.state[parameter]
-                if "exp_avg" not in state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            lists = [[self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step")]
-            adamw(
-                parameters,
-                [p.grad for p in parameters],
-                lists[0],
-                lists[1],
-                [],
-                lists[2],
-                has_complex=any(map(torch.is_complex, parameters)),
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            plain_adamw_([group["params"][i] for of, i in places if of == g], self.state, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Torch's, but moments, bases and counters keep the precision that they were saved in."""
