@@ -1,4 +1,4 @@
-"""The bases of `Rotated`: one warm step of orthogonal iteration, by Cholesky-QR or, where that is ill-conditioned, Householder."""
+"""The bases of `Rotated`: one warm step of orthogonal iteration, by Householder's or the Cholesky factor's QR."""
 
 from __future__ import annotations
 
@@ -52,24 +52,17 @@ def cholesky_qr(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows, wrong
 
 
-def next_basis(covariance: Tensor, basis: Tensor, by_householder: bool, deferred: bool) -> tuple[Tensor, Tensor | None]:
-    """One step of orthogonal iteration from `basis`: Q R = qr(C Rᵀ), and which of the batch are ill-conditioned.
+def next_basis(covariance: Tensor, basis: Tensor, by_householder: bool) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration from `basis`, Q R = qr(C Rᵀ), and which of the batch it could not do, (batch,) bool.
 
-    covariance, basis: (batch, h, h). Fixed points are C's eigenbases. `deferred`: nothing is read back, what Cholesky-QR
-    cannot do stays where it is this time, and the second result says where that was; else it is done by Householder at
-    once, and the second result is None. A covariance that is not finite leaves its basis alone.
+    covariance, basis: (batch, h, h). Fixed points are C's eigenbases. By Householder all that is finite can be done; by
+    Cholesky-QR what is well enough conditioned. The rest stays where it is. Nothing is read back in either case, though
+    torch's Householder may wait for a device on its own.
     """
     rows = images(covariance, basis)
     if by_householder:
-        return _unless_finite(householder(rows.nan_to_num(0.0, 0.0, 0.0)), basis, rows), None
-    found, wrong = cholesky_qr(rows)
-    if deferred:
-        return torch.where(wrong[:, None, None], basis, found), wrong
-    if bool(wrong.any()):
-        again = rows[wrong]
-        found[wrong] = _unless_finite(householder(again.nan_to_num(0.0, 0.0, 0.0)), basis[wrong], again)
-    return found, None
-
-
-def _unless_finite(found: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows.isfinite().all(-1).all(-1)[:, None, None], found, basis)
+        wrong = ~rows.isfinite().all(-1).all(-1)
+        found = householder(torch.where(wrong[:, None, None], basis, rows))
+    else:
+        found, wrong = cholesky_qr(rows)
+    return torch.where(wrong[:, None, None], basis, found), wrong
