@@ -10,38 +10,39 @@ WELL_CONDITIONED = 0.1
 
 
 def images(covariance: Tensor, basis: Tensor) -> Tensor:
-    """R C with rows of unit length, up to a shift; both (batch, h, h), rows of `basis` are the basis vectors.
+    """R C, up to a shift; both (batch, h, h), rows of `basis` are the basis vectors.
 
     The shift, 100 eps of C's mean eigenvalue, keeps directions that no gradient has seen near where they are, instead of
     letting rounding choose them; with C = 0 the basis is its own image.
     """
     info = torch.finfo(basis.dtype)
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    rows = basis @ covariance + (100 * info.eps * mean + info.tiny / info.eps) * basis
-    # twice, so that the squares of tiny entries do not underflow
-    rows = rows / rows.abs().amax(-1, keepdim=True)
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.baddbmm(basis * (100 * info.eps * mean + info.tiny / info.eps), basis, covariance)
 
 
 def householder(rows: Tensor) -> Tensor:
     """Orthonormal rows that span what the rows before span, each on the side of its row; (batch, h, h).
 
-    >>> householder(torch.tensor([[[2.0, 0.0], [1.0, -3.0]]]))
-    tensor([[[ 1.,  0.],
-             [ 0., -1.]]])
+    >>> found = householder(torch.tensor([[[2.0, 0.0], [1.0, -3.0]]]))
+    >>> torch.allclose(found, torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), atol=1e-6)
+    True
     """
     q, r = torch.linalg.qr(rows.mT)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs.unsqueeze(-2)).mT + 0.0
+    return q.mul_(signs.unsqueeze(-2)).mT
 
 
 def cholesky_qr(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The same by two Cholesky passes, and which of the batch came out wrong, (batch,) bool; nothing is read back.
 
-    A warm basis' images are nearly orthogonal, and each pass squares what is missing. Source: CholeskyQR2, Fukaya et al.,
-    arXiv 1401.1669 (here with rows of unit length); tests/optim/test_bases.py.
+    Rows are brought to unit length first (own), which changes no direction of the result. A warm basis' images are nearly
+    orthogonal, and each pass squares what is missing. Source: CholeskyQR2, Fukaya et al., arXiv 1401.1669;
+    tests/optim/test_bases.py.
     """
     eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    # twice, so that the squares of tiny entries do not underflow
+    rows = rows / rows.abs().amax(-1, keepdim=True)
+    rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
     rows = torch.linalg.solve_triangular(factor, rows, upper=False)
     gram = rows @ rows.mT
@@ -60,9 +61,11 @@ def next_basis(covariance: Tensor, basis: Tensor, by_householder: bool) -> tuple
     torch's Householder may wait for a device on its own.
     """
     rows = images(covariance, basis)
+    # an entry that is not finite makes its image's sum so
+    wrong = ~rows.sum((-1, -2)).isfinite()
     if by_householder:
-        wrong = ~rows.isfinite().all(-1).all(-1)
         found = householder(torch.where(wrong[:, None, None], basis, rows))
     else:
-        found, wrong = cholesky_qr(rows)
+        found, ill = cholesky_qr(rows)
+        wrong = wrong | ill
     return torch.where(wrong[:, None, None], basis, found), wrong
