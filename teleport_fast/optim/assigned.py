@@ -109,12 +109,12 @@ class Assigned:
         found = (self.owned_side(g, i, axis) for axis in (0, 1))
         return [side for side in found if side is not None]
 
-    def members(self, places: Iterable[Place]) -> dict[Owner, list[tuple[Owner, int]]]:
-        """The turned sides of these places, each with its number of heads, by owner, in order."""
-        found: dict[Owner, list[tuple[Owner, int]]] = {}
+    def members(self, places: Iterable[Place]) -> dict[Owner, list[tuple[Owner, Side]]]:
+        """The turned sides of these places by owner, in order."""
+        found: dict[Owner, list[tuple[Owner, Side]]] = {}
         for g, i in places:
             for axis, side in enumerate(self._groups[g][i].sides or ()):
                 owner = self._owners.get((g, i, axis))
                 if owner is not None:
-                    found.setdefault(owner, []).append(((g, i, axis), side.heads))
+                    found.setdefault(owner, []).append(((g, i, axis), side))
         return found

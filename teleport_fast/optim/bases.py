@@ -1,4 +1,4 @@
-"""The bases of `Rotated`: one warm step of orthogonal iteration, by Cholesky-QR or, where that is ill-conditioned, Householder."""
+"""The bases of `Rotated`: one warm step of orthogonal iteration, by Householder's or the Cholesky factor's QR."""
 
 from __future__ import annotations
 
@@ -10,38 +10,39 @@ WELL_CONDITIONED = 0.1
 
 
 def images(covariance: Tensor, basis: Tensor) -> Tensor:
-    """R C with rows of unit length, up to a shift; both (batch, h, h), rows of `basis` are the basis vectors.
+    """R C, up to a shift; both (batch, h, h), rows of `basis` are the basis vectors.
 
     The shift, 100 eps of C's mean eigenvalue, keeps directions that no gradient has seen near where they are, instead of
     letting rounding choose them; with C = 0 the basis is its own image.
     """
     info = torch.finfo(basis.dtype)
     mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    rows = basis @ covariance + (100 * info.eps * mean + info.tiny / info.eps) * basis
-    # twice, so that the squares of tiny entries do not underflow
-    rows = rows / rows.abs().amax(-1, keepdim=True)
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return torch.baddbmm(basis * (100 * info.eps * mean + info.tiny / info.eps), basis, covariance)
 
 
 def householder(rows: Tensor) -> Tensor:
     """Orthonormal rows that span what the rows before span, each on the side of its row; (batch, h, h).
 
-    >>> householder(torch.tensor([[[2.0, 0.0], [1.0, -3.0]]]))
-    tensor([[[ 1.,  0.],
-             [ 0., -1.]]])
+    >>> found = householder(torch.tensor([[[2.0, 0.0], [1.0, -3.0]]]))
+    >>> torch.allclose(found, torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), atol=1e-6)
+    True
     """
     q, r = torch.linalg.qr(rows.mT)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return (q * signs.unsqueeze(-2)).mT + 0.0
+    return q.mul_(signs.unsqueeze(-2)).mT
 
 
 def cholesky_qr(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The same by two Cholesky passes, and which of the batch came out wrong, (batch,) bool; nothing is read back.
 
-    A warm basis' images are nearly orthogonal, and each pass squares what is missing. Source: CholeskyQR2, Fukaya et al.,
-    arXiv 1401.1669 (here with rows of unit length); tests/optim/test_bases.py.
+    Rows are brought to unit length first (own), which changes no direction of the result. A warm basis' images are nearly
+    orthogonal, and each pass squares what is missing. Source: CholeskyQR2, Fukaya et al., arXiv 1401.1669;
+    tests/optim/test_bases.py.
     """
     eye = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    # twice, so that the squares of tiny entries do not underflow
+    rows = rows / rows.abs().amax(-1, keepdim=True)
+    rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
     rows = torch.linalg.solve_triangular(factor, rows, upper=False)
     gram = rows @ rows.mT
@@ -52,24 +53,19 @@ def cholesky_qr(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows, wrong
 
 
-def next_basis(covariance: Tensor, basis: Tensor, by_householder: bool, deferred: bool) -> tuple[Tensor, Tensor | None]:
-    """One step of orthogonal iteration from `basis`: Q R = qr(C Rᵀ), and which of the batch are ill-conditioned.
+def next_basis(covariance: Tensor, basis: Tensor, by_householder: bool) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration from `basis`, Q R = qr(C Rᵀ), and which of the batch it could not do, (batch,) bool.
 
-    covariance, basis: (batch, h, h). Fixed points are C's eigenbases. `deferred`: nothing is read back, what Cholesky-QR
-    cannot do stays where it is this time, and the second result says where that was; else it is done by Householder at
-    once, and the second result is None. A covariance that is not finite leaves its basis alone.
+    covariance, basis: (batch, h, h). Fixed points are C's eigenbases. By Householder all that is finite can be done; by
+    Cholesky-QR what is well enough conditioned. The rest stays where it is. Nothing is read back in either case, though
+    torch's Householder may wait for a device on its own.
     """
     rows = images(covariance, basis)
+    # an entry that is not finite makes its image's sum so
+    wrong = ~rows.sum((-1, -2)).isfinite()
     if by_householder:
-        return _unless_finite(householder(rows.nan_to_num(0.0, 0.0, 0.0)), basis, rows), None
-    found, wrong = cholesky_qr(rows)
-    if deferred:
-        return torch.where(wrong[:, None, None], basis, found), wrong
-    if bool(wrong.any()):
-        again = rows[wrong]
-        found[wrong] = _unless_finite(householder(again.nan_to_num(0.0, 0.0, 0.0)), basis[wrong], again)
-    return found, None
-
-
-def _unless_finite(found: Tensor, basis: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows.isfinite().all(-1).all(-1)[:, None, None], found, basis)
+        found = householder(torch.where(wrong[:, None, None], basis, rows))
+    else:
+        found, ill = cholesky_qr(rows)
+        wrong = wrong | ill
+    return torch.where(wrong[:, None, None], basis, found), wrong

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
+from teleport_fast.optim.plain_adamw import plain_adamw_
 from teleport_fast.optim.refresh import AXES, Refresh, view_of
 from teleport_fast.optim.sides import Known, Rules
 from teleport_fast.optim.table import Line, Memory, memory_of, render
@@ -31,10 +30,11 @@ class Rotated(Optimizer):
     base: "adam", "sign", "row_norm" or "sinkhorn", per group. Per side of a matrix: stream: one basis per "matrix", per
     reading "site" (q, k, v; gate, up), per "layer", one for the "model", or "none"; heads: one per attention head;
     hidden: the MLP's inner side, dearer and better; sides: {name pattern: (rows, columns)} of "stream", "heads:N",
-    "hidden", "whole", "none", before all rules; max_side: a wider side is not turned. Bases turn every `every` steps by
-    one step of orthogonal iteration on C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖²; basis_dtype: float32 (float64 for float64
-    parameters) or bfloat16. match_rms: scale every matrix's update to this root mean square. table_lr: a rate of their
-    own for what AdamW steps. skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
+    "hidden", "whole", "none", before all rules; max_side: a wider side is not turned. Bases turn every `every` steps,
+    hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
+    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖². basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
+    match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
+    skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
     rows_basis, rows_covariance (heads, h, h), rows_age, and the same for columns. `table()` and `memory()` say it all.
     Errors: ValueError for values out of range, TypeError for sparse gradients. Source: math.md section 5, ARO
@@ -60,6 +60,7 @@ class Rotated(Optimizer):
         hidden: bool = False,
         sides: Mapping[str, tuple[str, str]] | None = None,
         every: int = 3,
+        hidden_every: int | None = None,
         decay: float = 0.95,
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
@@ -73,7 +74,7 @@ class Rotated(Optimizer):
             )
         if table_lr is not None and not table_lr >= 0:
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
-        self._refresh = Refresh(every, decay, basis_dtype)
+        self._refresh = Refresh(every, every if hidden_every is None else hidden_every, decay, basis_dtype)
         rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite
@@ -142,15 +143,17 @@ class Rotated(Optimizer):
         return loss
 
     def _all_finite(self, places: list[Place]) -> bool:
-        gradients = [(place, self.param_groups[place[0]]["params"][place[1]].grad) for place in places]
-        gradients = [(place, gradient) for place, gradient in gradients if gradient.numel()]
-        if not gradients:
+        found = {place: self.param_groups[place[0]]["params"][place[1]].grad for place in places}
+        if not found:
             return True
-        largest = torch._foreach_norm([gradient for _, gradient in gradients], math.inf)
-        device = largest[0].device
-        if bool(torch.stack([norm.to(device, torch.float64) for norm in largest]).isfinite().all()):
+        device = next(iter(found.values())).device
+        # a sum is not finite where an entry is not, and costs a third of a norm; it may also overflow
+        sums = [gradient.sum(dtype=accumulation_dtype(gradient.dtype)).to(device) for gradient in found.values()]
+        if bool(torch.stack(sums).isfinite().all()):
             return True
-        bad = next(place for (place, _), norm in zip(gradients, largest, strict=True) if not bool(norm.isfinite()))
+        bad = next((place for place, gradient in found.items() if not bool(gradient.isfinite().all())), None)
+        if bad is None:
+            return True
         name = self._assigned.of(*bad).name
         warnings.warn(
             f"teleport_fast: gradient of {name!r} is not finite: this optimizer step is skipped",
@@ -221,32 +224,7 @@ class Rotated(Optimizer):
 
     def _step_rest(self, places: list[Place]) -> None:
         for g, group in enumerate(self.param_groups):
-            parameters = [group["params"][i] for of, i in places if of == g]
-            if not parameters:
-                continue
-            for parameter in parameters:
-                state = self.state[parameter]
-                if "exp_avg" not in state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-            lists = [[self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step")]
-            adamw(
-                parameters,
-                [p.grad for p in parameters],
-                lists[0],
-                lists[1],
-                [],
-                lists[2],
-                has_complex=any(map(torch.is_complex, parameters)),
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            plain_adamw_([group["params"][i] for of, i in places if of == g], self.state, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Torch's, but moments, bases and counters keep the precision that they were saved in."""

@@ -274,3 +274,14 @@ def test_bases_in_bfloat16_take_half_the_room_and_come_close(
     assert 0 < float((steps[1] - steps[0]).norm() / steps[0].norm()) < 0.1
     state = optimizers[1].state[models[1].blocks[0].mlp.up.weight]
     assert state["columns_basis"].dtype == state["columns_covariance"].dtype == torch.bfloat16
+
+
+def test_hidden_sides_may_turn_more_rarely(gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None]) -> None:
+    optimizer = made(gpt, symmetries, hidden=True, every=1, hidden_every=4)
+    state = optimizer.state[gpt.blocks[0].mlp.up.weight]
+    eye = torch.eye(HIDDEN, dtype=torch.float64)
+    for step in range(4):
+        assert step == 0 or torch.equal(state["rows_basis"][0], eye)
+        train(gpt, optimizer, 1, first=step)
+        assert not torch.equal(state["columns_basis"][0], eye[:D, :D])
+    assert not torch.equal(state["rows_basis"][0], eye)

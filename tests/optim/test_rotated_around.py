@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import teleport_fast as tf
 from teleport_fast.experiments.gpt import GPT
 from teleport_fast.optim import Rotated
+from teleport_fast.optim import refresh as module
+from teleport_fast.optim.bases import next_basis
 
 Same = Callable[[nn.Module, nn.Module], bool]
 
@@ -66,6 +68,38 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
             assert torch.equal(one, two) and one.dtype == two.dtype
     moment = second.state[resumed.blocks[0].mlp.up.weight]["exp_avg"]
     assert moment.dtype == torch.float32
+
+
+def test_where_cholesky_fails_the_next_refresh_is_householders_also_after_a_resume(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As off the CPU: the flag of a failed factor is read at the next refresh, from the state where a run was resumed."""
+    monkeypatch.setattr(module, "HOUSEHOLDER", ())
+    asked: list[bool] = []
+
+    def failing(covariance: Tensor, basis: Tensor, by_householder: bool) -> tuple[Tensor, Tensor]:
+        asked.append(by_householder)
+        found, ill = next_basis(covariance, basis, by_householder)
+        return (found, ill) if by_householder else (basis.clone(), torch.ones_like(ill))
+
+    monkeypatch.setattr(module, "next_basis", failing)
+    resumed = copy.deepcopy(gpt)
+    optimizer = Rotated(gpt.named_parameters(), symmetries=symmetries, heads=False, every=1)
+    train(gpt, optimizer, 1)
+    assert set(asked) == {True}
+    asked.clear()
+    train(gpt, optimizer, 1, first=1)
+    assert set(asked) == {False}
+    assert bool(optimizer.state[gpt.blocks[0].mlp.up.weight]["columns_ill"])
+    weights, state = saved(gpt.state_dict(), optimizer.state_dict())
+    second = Rotated(resumed.named_parameters(), symmetries=symmetries, heads=False, every=1)
+    resumed.load_state_dict(weights)
+    second.load_state_dict(state)
+    for model, each in ((gpt, optimizer), (resumed, second)):
+        asked.clear()
+        train(model, each, 1, first=2)
+        assert set(asked) == {True}
+    assert same(gpt, resumed)
 
 
 def test_a_state_of_other_bases_is_refused(gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None]) -> None:
@@ -233,6 +267,7 @@ def test_groups_can_be_added_and_left_unturned(gpt: GPT, symmetries: tf.Symmetri
         ({"match_rms": 0.0}, "match_rms must be positive or None, got 0.0"),
         ({"table_lr": -0.1}, "table_lr must be at least 0, got -0.1"),
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
+        ({"hidden_every": 0}, "hidden_every must be an integer of at least 1, got 0"),
         ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         ({"stream": "head"}, "stream must be one of matrix, site, layer, model, none, got 'head'"),
         ({"max_side": -1}, "max_side must be at least 0, got -1"),
