@@ -105,7 +105,7 @@ class Symmetries:
         Errors: KeyError for an unknown joint, ValueError for an element that is not in the group or has a wrong shape;
         all elements are checked before anything moves.
         """
-        tensors = named_tensors(model)
+        tensors = {**dict(model.named_buffers()), **named_tensors(model)}
         moves = []
         for name, g in elements.items():
             joint = self[name]

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.symmetry.widen import WideCasts
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,27 @@ CONTROL_FLOOR = 1e-3
 
 
 class Prover:
-    """A perturbed float64 deep copy of a model on which joints are moved and put back, bit for bit."""
+    """A perturbed float64 deep copy of a model on which joints are moved and put back, bit for bit.
+
+    Casts to float32 within the model's forward are widened to float64; `casts` counts them per call.
+    """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
-        self.tensors: dict[str, Tensor] = dict(self.model.named_parameters())
-        self.call = _caller(self.model, inputs)
+        self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        self.casts = 0
+        self._forward = _caller(self.model, inputs)
         self._perturb()
         self.before = self.call()
         first, second = self._call_training(1), self._call_training(2)
         self.drops_units = relative_deviation(second, first) > 0
         self.before_training = first
+
+    def call(self) -> list[Tensor]:
+        with WideCasts() as mode:
+            outputs = self._forward()
+        self.casts = mode.casts
+        return outputs
 
     def _call_training(self, seed: int) -> list[Tensor]:
         """Outputs in training mode with dropout masks of one seed; running statistics stay as they were."""
@@ -80,13 +91,15 @@ class Prover:
         """Leave the initialisation: at it, zero tensors and equal entries hide what a move does wrong."""
         generator = torch.Generator().manual_seed(20240229)
         with torch.no_grad():
-            for tensor in self.tensors.values():
+            for tensor in self.model.parameters():
                 if tensor.requires_grad and tensor.numel():
                     noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
                     tensor.add_(noise.to(tensor.device) * (0.05 + 0.1 * tensor.square().mean().sqrt()))
 
     def prove(self, joint: Joint, tolerance: float, seed: int = 0) -> JointProof:
         """Move by a random element far from the identity, then by the same element on the first view alone.
+
+        A joint of a single view is controlled by the element's negative.
 
         A model with dropout is also held to its outputs in training mode, same masks: a dense g mixes what a mask cuts.
         A permutation moves the mask with the units, which is the same in distribution, so it is proven in eval mode.
@@ -98,6 +111,8 @@ class Prover:
         deviation = self._deviation(joint, element)
         lone = (joint.plus or joint.minus)[0]
         half = Joint(joint.name, joint.kind, joint.group, joint.heads, joint.width, (lone,), ())
+        if len(list(joint.views())) == 1 and element.form == "diagonal":  # nothing to leave out: a sign is what is wrong
+            element = Element(element.form, -element.g)
         control = self._deviation(half, element)
         return JointProof(joint.name, deviation, control, deviation <= tolerance and control > CONTROL_FLOOR)
 
@@ -143,6 +158,16 @@ def relative_deviation(after: list[Tensor], before: list[Tensor]) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
+def _seen(output: Any) -> Any:
+    """What of a model's output must stay: its logits where it names some, else all but caches, which follow a basis."""
+    if not isinstance(output, Mapping):
+        return output.to_tuple() if hasattr(output, "to_tuple") else output
+    named = {key: value for key, value in output.items() if "logits" in str(key) and value is not None}
+    if named:
+        return list(named.values())
+    return [value for key, value in output.items() if "past_key_values" not in str(key) and value is not None]
+
+
 def _caller(model: nn.Module, inputs: Any) -> Callable[[], list[Tensor]]:
     def cast(value: Any) -> Any:
         return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -156,9 +181,7 @@ def _caller(model: nn.Module, inputs: Any) -> Callable[[], list[Tensor]]:
 
     @torch.no_grad()
     def call() -> list[Tensor]:
-        output = model(*positional, **keywords)
-        if hasattr(output, "to_tuple"):
-            output = output.to_tuple()
+        output = _seen(model(*positional, **keywords))
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
         if not leaves:
             raise ValueError("the model returns no floating tensor for example_inputs; pass inputs that give logits")
