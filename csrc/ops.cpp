@@ -27,6 +27,7 @@ std::string isa(std::string name) {
 // Shapes and dtypes are checked in Python, with the user's names; the kernels check again what would be a memory error.
 STABLE_TORCH_LIBRARY(teleport_fast_cpp, m) {
   m.def("isa(str name='') -> str");
+  m.def("widest(str op, bool float64) -> int");  // in _ops_cuda.so
   m.def("gram_difference(Tensor[] plus, Tensor[] minus, int joints) -> (Tensor, Tensor)");
   m.def("group_action_(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor g, Tensor g_inverse_t, int joints) -> ()");
   m.def("covariance_(Tensor(a!) covariance, Tensor[] tensors, float decay, int joints) -> ()");

@@ -85,6 +85,10 @@ def describe(tensor: Tensor, *extra: int) -> list[int]:
     return row + list(extra) + [0] * (FIELDS.value - len(row) - len(extra))
 
 
+# Pinned tables that CUDA graphs copy from at each replay, a few KB a captured call: kept as long as the process.
+_CAPTURED: list[Tensor] = []
+
+
 def tables(
     rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.device, tail: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -98,7 +102,10 @@ def tables(
     everything = torch.cat(parts)
     if device.type == "cuda":
         # Pinned, so that the copy neither blocks the host nor outlives its source: the allocator keeps the event.
-        everything = everything.pin_memory().to(device, non_blocking=True)
+        pinned = everything.pin_memory()
+        if torch.cuda.is_current_stream_capturing():
+            _CAPTURED.append(pinned)
+        everything = pinned.to(device, non_blocking=True)
     described, program, end = everything.split([part.numel() for part in parts])
     return described, program, end, grid
 

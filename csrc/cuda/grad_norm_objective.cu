@@ -166,6 +166,15 @@ __global__ void __launch_bounds__(kMostThreads) grad_norm_objective_kernel(Objec
 
 using namespace teleport_fast;
 
+int64_t tf_cuda_grad_norm_objective_widest(int float64, int64_t shared_limit) {
+  int64_t h = 1024;
+  for (; h > 0; --h) {
+    ObjectivePlan plan{1, 1, h, float64, 0, 0, 0};
+    if (tf_cuda_grad_norm_objective_plan(&plan, shared_limit) == 0) break;
+  }
+  return h;
+}
+
 int tf_cuda_grad_norm_objective_plan(ObjectivePlan* plan, int64_t shared_limit) {
   const int64_t h = plan->h, size = plan->float64 ? 8 : 4, tiles = ceil_div(h, 4) * ceil_div(h, 4);
   if (plan->candidates < 0 || plan->matrices < 0 || h < 0 || h > 1024) return -1;

@@ -14,6 +14,8 @@ struct ObjectivePlan {
 }  // namespace teleport_fast
 
 extern "C" {
+// The largest h that the planner takes where a block may have so many bytes of shared memory.
+int64_t tf_cuda_grad_norm_objective_widest(int float64, int64_t shared_limit);
 // -1 if two padded h × h matrices exceed shared_limit, the bytes of shared memory that a block may have (163 KiB: h over 140,
 // float64 over 99), or the launch has too many blocks.
 int tf_cuda_grad_norm_objective_plan(teleport_fast::ObjectivePlan* plan, int64_t shared_limit);

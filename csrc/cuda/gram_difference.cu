@@ -208,6 +208,16 @@ cudaError_t run(const GramArguments& arguments, cudaStream_t stream) {
 
 using namespace teleport_fast;
 
+int64_t tf_cuda_gram_difference_widest(int float64, int64_t shared_limit) {
+  for (int h = float64 ? 128 : 256; h > 0; --h) {
+    GramPlan plan{1, 1, h, 0, 1, float64, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    View view{};
+    view.heads = 1, view.rows = h, view.outer = 1, view.storage = float64 ? kFloat64 : kFloat32;
+    if (tf_cuda_gram_difference_plan(&view, &plan, 1, shared_limit) == 0) return h;
+  }
+  return 0;
+}
+
 int tf_cuda_gram_difference_plan(View* views, GramPlan* plan, int64_t wanted_blocks, int64_t shared_limit) {
   const int64_t h = plan->h, per_joint = int64_t{plan->plus} + plan->minus;
   if (h < 1 || h > (plan->float64 ? 128 : 256) || plan->joints < 1 || plan->heads < 1) return -1;

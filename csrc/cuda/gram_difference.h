@@ -16,6 +16,8 @@ struct GramPlan {
 }  // namespace teleport_fast
 
 extern "C" {
+// The largest h that the planner takes where a block may have so many bytes of shared memory.
+int64_t tf_cuda_gram_difference_widest(int float64, int64_t shared_limit);
 // views: joint-major, each joint's plus views first. wanted_blocks: about twice the device's multiprocessors.
 // -1 if sizes disagree, storages mix float64 with others, or h is over 256 (float64: 128), or what it needs
 // exceeds shared_limit, the bytes of shared memory that a block may have (h over 248 on 163 KiB): then the BLAS must do.

@@ -184,13 +184,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(Acc) == 8 ? 1 : 2)
 
 using namespace teleport_fast;
 
+int64_t tf_cuda_group_action_widest(int float64) { return float64 ? 512 : 1024; }
+
 int tf_cuda_group_action_plan(ActedView* views, int64_t count, int64_t wanted_blocks, int32_t* owners,
                               GroupActionPlan* plan) {
   *plan = {};
   if (count == 0) return 0;
   const int64_t h = views[0].view.rows;
   plan->float64 = views[0].view.storage == kFloat64;
-  if (h > (plan->float64 ? 512 : 1024)) return -1;
+  if (h > tf_cuda_group_action_widest(plan->float64)) return -1;
   if (h == 0) return 0;
   const int64_t size = plan->float64 ? 8 : 4;
   plan->h = static_cast<int32_t>(h);

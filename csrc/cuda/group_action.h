@@ -20,9 +20,11 @@ struct GroupActionPlan {
 }  // namespace teleport_fast
 
 extern "C" {
+// The largest h that the planner takes.
+int64_t tf_cuda_group_action_widest(int float64);
 // Plus views and minus views alike: parameters, gradients and momenta of a bucket, each with g or g⁻ᵀ of its joint.
 // wanted_blocks: about four times the device's multiprocessors. owners: plan->tiles int32, null to count only.
-// -1 if heads have different h, storages mix float64 with others, or h is over 1,024 (float64: 512).
+// -1 if heads have different h, storages mix float64 with others, or h is over widest.
 int tf_cuda_group_action_plan(teleport_fast::ActedView* views, int64_t count, int64_t wanted_blocks, int32_t* owners,
                               teleport_fast::GroupActionPlan* plan);
 cudaError_t tf_cuda_group_action_(const teleport_fast::ActedView* views, const int32_t* owners,

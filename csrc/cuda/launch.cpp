@@ -2,6 +2,8 @@
 //
 // Nothing waits for the device. The schemas are csrc/ops.cpp's; shapes and dtypes are checked in Python with the user's names,
 // here again where a wrong one would be a memory error.
+#include <algorithm>
+#include <string>
 #include <tuple>
 
 #include "activation_action.h"
@@ -11,34 +13,12 @@
 #include "gram_difference.h"
 #include "group_action.h"
 #include "host.h"
+#include "launch_steps.h"
 #include "matrix_exp.h"
-#include "rotate_step.h"
 #include "square_sums.h"
-#include "teleport_adamw.h"
 
 namespace teleport_fast {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-bool is_double(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Double; }
-ScalarType accumulator(bool float64) { return float64 ? ScalarType::Double : ScalarType::Float; }
-
-const Tensor& first_of(const char* op, const Tensors& tensors, int64_t joints) {
-  const bool equal = joints > 0 && !tensors.empty() && static_cast<int64_t>(tensors.size()) % joints == 0;
-  STD_TORCH_CHECK(equal, op, ": the tensors must be ", joints, " equal runs, got ", tensors.size());
-  STD_TORCH_CHECK(tensors[0].dim() == 3 || tensors[0].dim() == 4, op, ": views have 3 or 4 dimensions");
-  return tensors[0];
-}
-
-const char* row_of(const Tensor& table, int64_t row, int64_t step, int64_t size) {
-  return static_cast<const char*>(table.data_ptr()) + row * step * size;
-}
-
-template <class T>
-const T* on_device(const Tensor& table) {
-  return static_cast<const T*>(table.data_ptr());
-}
 
 // D of a bucket's plus and minus views, and J: the Grams' difference and trace.
 std::tuple<Tensor, Tensor> grams(const Call& call, const Tensors& plus, const Tensors& minus, int64_t joints) {
@@ -151,12 +131,6 @@ std::tuple<Tensor, Tensor> square_sums(Tensors tensors, int64_t joints) {
   return {squares, l1};
 }
 
-// Row `kind` of (kinds, joints · heads, h) factors, at a joint's first head.
-const void* factors_of(const Tensor& factors, int64_t kind, int64_t joint, int64_t heads, bool float64) {
-  STD_TORCH_CHECK(kind >= 0 && kind < factors.size(0), "factors have no kind ", kind);
-  return row_of(factors, kind * factors.size(1) + joint * heads, factors.size(2), float64 ? 8 : 4);
-}
-
 void diagonal_action_(Tensors tensors, Tensor factors, std::vector<int64_t> which, std::vector<double> shifts, int64_t joints) {
   const Tensor& like = first_of("diagonal_action_", tensors, joints);
   const Call call("diagonal_action_", like);
@@ -197,106 +171,6 @@ void permutation_action_(Tensors tensors, Tensor index, int64_t joints) {
   call.planned(tf_cuda_permutation_action_plan(views.data(), count, limit, owners.data(), &shared));
   const Tensor table = call.send(views), owner_table = call.send(owners);
   call.launched(tf_cuda_permutation_action_(on_device<PermutedView>(table), on_device<int32_t>(owner_table), tiles, shared, call.stream));
-}
-
-void teleport_adamw_(Tensors parameters, Tensors gradients, Tensors first_moments, Tensors second_moments, Tensor factors,
-                     std::vector<int64_t> which, std::vector<double> shifts, double step, double lr, double beta1, double beta2,
-                     double eps, double weight_decay, int64_t joints) {
-  const Tensor& like = first_of("teleport_adamw_", parameters, joints);
-  const Call call("teleport_adamw_", like);
-  const int64_t heads = like.size(0), h = like.size(1), count = parameters.size();
-  const bool float64 = is_double(like);
-  const Tensors* others[] = {&gradients, &first_moments, &second_moments};
-  for (const Tensors* list : others) STD_TORCH_CHECK(list->size() == parameters.size(), "teleport_adamw_: the lists must be of one length");
-  STD_TORCH_CHECK(which.size() == 2 * parameters.size() && shifts.size() == parameters.size() && factors.dim() == 3,
-                  "teleport_adamw_: which must be two per parameter, shifts one, factors (kinds, joints * heads, h)");
-  call.expect(factors, {factors.size(0), joints * heads, h}, accumulator(float64), "factors");
-  std::vector<AdamwView> views(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t joint = i * joints / count;
-    AdamwView& one = views[i];
-    one.view = call.view(parameters[i], heads, h, float64, joint);
-    for (int t = 0; t < 3; ++t) {
-      const View other = call.view((*others[t])[i], heads, h, float64, joint);
-      STD_TORCH_CHECK(other.outer == one.view.outer && other.inner == one.view.inner && other.storage == one.view.storage,
-                      "teleport_adamw_: an entry's four views must have one shape and dtype");
-      one.others[t] = other.data;
-      const int64_t strides[] = {other.head_stride, other.row_stride, other.outer_stride, other.inner_stride};
-      for (int s = 0; s < 4; ++s) one.strides[t][s] = strides[s];
-    }
-    one.parameter_factors = factors_of(factors, which[i], joint, heads, float64);
-    one.gradient_factors = factors_of(factors, which[count + i], joint, heads, float64);
-    one.shift = shifts[i];
-  }
-  const int64_t tiles = tf_cuda_teleport_adamw_plan(views.data(), count, nullptr);
-  call.planned(tiles);
-  std::vector<int32_t> owners(tiles);
-  call.planned(tf_cuda_teleport_adamw_plan(views.data(), count, owners.data()));
-  const Tensor table = call.send(views), owner_table = call.send(owners);
-  const AdamwStep numbers{step, lr, beta1, beta2, eps, weight_decay};
-  call.launched(tf_cuda_teleport_adamw_(on_device<AdamwView>(table), on_device<int32_t>(owner_table), tiles, &numbers, float64, call.stream));
-}
-
-// One launch of a step's part on tensors of one shape; bases of the sides that the caller turns are left out.
-RotatePlan rotate(const Call& call, const Tensors& parameters, const Tensors& gradients, const Tensors& first_moments,
-                  const Tensors& second_moments, const Tensors& left, const Tensors& right, int64_t base, RotatePart part,
-                  const RotateStep& step) {
-  const Tensor& like = parameters[0];
-  const int64_t heads = like.size(0), h = like.size(1), count = parameters.size();
-  const bool float64 = is_double(like);
-  std::vector<RotateView> views(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const Tensor* tensors[] = {&parameters[i], &gradients[i], &first_moments[i], &second_moments[i]};
-    for (int t = 0; t < 4; ++t) views[i].views[t] = call.view(*tensors[t], heads, h, float64, i);
-    views[i].bases[0] = left.empty() ? nullptr : left[i].data_ptr();
-    views[i].bases[1] = right.empty() ? nullptr : right[i].data_ptr();
-  }
-  RotatePlan plan{};
-  plan.left = !left.empty(), plan.right = !right.empty(), plan.base = static_cast<int32_t>(base);
-  plan.part = part, plan.float64 = float64;
-  call.planned(tf_cuda_rotate_step_plan(views.data(), count, 4 * call.multiprocessors(), call.shared_limit(), &plan));
-  if (plan.fused_left != plan.left || plan.fused_right != plan.right) return plan;
-  const Tensor table = call.send(views), workspace = call.empty({plan.workspace}, accumulator(float64));
-  call.launched(tf_cuda_rotate_step_(on_device<RotateView>(table), count, &plan, &step, workspace.data_ptr(), call.stream));
-  return plan;
-}
-
-void rotate_step_(Tensors parameters, Tensors gradients, Tensors first_moments, Tensors second_moments, Tensors left, Tensors right,
-                  int64_t base, double step, double lr, double beta1, double beta2, double eps, double weight_decay) {
-  if (parameters.empty()) return;
-  const Tensor& like = first_of("rotate_step_", parameters, 1);
-  const Call call("rotate_step_", like);
-  const ScalarType type = accumulator(is_double(like));
-  const int64_t heads = like.size(0), h = like.size(1), n = like.dim() == 3 ? like.size(2) : like.size(2) * like.size(3);
-  if (base != kAdam) second_moments = first_moments;
-  for (const Tensors* list : {&gradients, &first_moments, &second_moments})
-    STD_TORCH_CHECK(list->size() == parameters.size(), "rotate_step_: the lists must be of one length");
-  for (const Tensors* bases : {&left, &right})
-    STD_TORCH_CHECK(bases->empty() || bases->size() == parameters.size(), "rotate_step_: bases must be one per parameter, or none");
-  for (const Tensor& one : left) call.expect(one, {heads, h, h}, type, "left");
-  for (const Tensor& one : right) call.expect(one, {n, n}, type, "right");
-  const RotateStep numbers{step, lr, beta1, beta2, eps, weight_decay};
-  const RotatePlan plan =
-      rotate(call, parameters, gradients, first_moments, second_moments, left, right, base, kWholeStep, numbers);
-  const bool apart_left = plan.left && !plan.fused_left, apart_right = plan.right && !plan.fused_right;
-  if (!apart_left && !apart_right) return;
-  // Wide sides: the BLAS turns, the kernel does the part in the turned basis, the BLAS turns back, the kernel updates.
-  using torch::stable::matmul, torch::stable::transpose;
-  Tensors turned;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    Tensor x = torch::stable::to(torch::stable::flatten(gradients[i], 2, -1), type);
-    if (apart_left) x = matmul(left[i], x);
-    if (apart_right) x = matmul(x, transpose(right[i], 0, 1));
-    turned.push_back(torch::stable::contiguous(x));
-  }
-  const RotatePlan inner = rotate(call, turned, turned, first_moments, second_moments, apart_left ? Tensors{} : left,
-                                  apart_right ? Tensors{} : right, base, kTurnedPart, numbers);
-  STD_TORCH_CHECK(inner.fused_left == inner.left && inner.fused_right == inner.right, "rotate_step_: a turn was left out");
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    if (apart_right) turned[i] = matmul(turned[i], right[i]);
-    if (apart_left) turned[i] = matmul(transpose(left[i], 1, 2), turned[i]);
-  }
-  rotate(call, parameters, turned, turned, turned, {}, {}, base, kUpdate, numbers);
 }
 
 void exponentials(const char* op, const Tensor& matrices, Tensor& plus, Tensor* minus) {
@@ -344,10 +218,32 @@ Tensor activation_action(Tensor Z, Tensor g, Tensor slope) { return act("activat
 
 Tensor activation_action_tangent(Tensor Z, Tensor M, Tensor slope) { return act("activation_action_tangent", Z, M, slope, true); }
 
+// The largest h that the op's kernel takes on the current device; -1: any.
+int64_t widest(std::string op, bool float64) {
+  int device = 0, shared = 0;
+  succeed("widest", cudaGetDevice(&device));
+  succeed("widest", cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const int64_t gram = tf_cuda_gram_difference_widest(float64, shared);
+  if (op == "gram_difference" || op == "covariance_") return gram;
+  if (op == "grad_norm_objective") return std::min(gram, tf_cuda_grad_norm_objective_widest(float64, shared));
+  if (op == "matrix_exp" || op == "matrix_exp_pair") return tf_cuda_matrix_exp_widest(float64, shared);
+  return op == "group_action_" ? tf_cuda_group_action_widest(float64) : -1;
+}
+
 }  // namespace
 }  // namespace teleport_fast
 
-STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CUDA, m) {
+// The tests register the same ops for CPU tensors, over an emulator.
+#ifndef TELEPORT_FAST_EMULATED
+#define TELEPORT_FAST_LIBRARY teleport_fast_cpp
+#define TELEPORT_FAST_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(TELEPORT_FAST_LIBRARY, CompositeExplicitAutograd, m) {
+  m.impl("widest", TORCH_BOX(&teleport_fast::widest));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(TELEPORT_FAST_LIBRARY, TELEPORT_FAST_KEY, m) {
   m.impl("gram_difference", TORCH_BOX(&teleport_fast::gram_difference));
   m.impl("group_action_", TORCH_BOX(&teleport_fast::group_action_));
   m.impl("covariance_", TORCH_BOX(&teleport_fast::covariance_));

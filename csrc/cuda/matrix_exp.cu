@@ -223,6 +223,15 @@ __global__ void __launch_bounds__(kMostThreads) matrix_exp_kernel(ExpArguments a
 
 using namespace teleport_fast;
 
+int64_t tf_cuda_matrix_exp_widest(int float64, int64_t shared_limit) {
+  int64_t h = 64;
+  for (; h > 0; --h) {
+    ExpPlan plan{1, h, float64, 0, 0, 0, 0, 0};
+    if (tf_cuda_matrix_exp_plan(&plan, shared_limit) == 0) break;
+  }
+  return h;
+}
+
 int tf_cuda_matrix_exp_plan(ExpPlan* plan, int64_t shared_limit) {
   const int64_t h = plan->h, size = plan->float64 ? 8 : 4, padded = ceil_div(h, 4) * 4;
   if (plan->batch < 0 || h < 0 || h > 64) return -1;

@@ -14,6 +14,8 @@ struct ExpPlan {
 }  // namespace teleport_fast
 
 extern "C" {
+// The largest h that the planner takes where a block may have so many bytes of shared memory.
+int64_t tf_cuda_matrix_exp_widest(int float64, int64_t shared_limit);
 // -1 if h is over 64, if four padded matrices exceed shared_limit, the bytes of shared memory that a block may have (h = 64:
 // 69 KiB, float64 137 KiB), or the launch has too many blocks.
 int tf_cuda_matrix_exp_plan(teleport_fast::ExpPlan* plan, int64_t shared_limit);

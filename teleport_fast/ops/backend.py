@@ -123,6 +123,12 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def _widest(op: str, float64: bool) -> int:
+    """The largest width that the op's CUDA kernel takes on the current device; -1: any."""
+    widest: int = torch.ops.teleport_fast_cpp.widest(op, float64)
+    return widest
+
+
 class Op:
     """The implementations of one op, all with the signature of its reference; the others are found by the op's name.
 
@@ -134,8 +140,8 @@ class Op:
         self.name, self.reference = name, reference
         self._choose = lru_cache(maxsize=1024)(self._choose_uncached)
 
-    def can_use(self, backend: str, device: str, dtypes: frozenset[torch.dtype]) -> bool | str:
-        """True, or why the backend cannot compute this op on tensors of these dtypes on this type of device."""
+    def can_use(self, backend: str, device: str, dtypes: frozenset[torch.dtype], size: int = 0) -> bool | str:
+        """True, or why the backend cannot compute this op on tensors of these dtypes and size on this type of device."""
         if backend == "reference":
             return True
         if availability(backend) is not True:
@@ -144,7 +150,12 @@ class Op:
         needed = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": triton}[backend]
         if device not in needed:
             return f"it computes on {' and '.join(needed)}, the tensors are on {device}"
-        return True if self._kernel(backend) is not None else f"it has no kernel for {self.name}"
+        if self._kernel(backend) is None:
+            return f"it has no kernel for {self.name}"
+        widest = _widest(self.name, torch.float64 in dtypes) if backend == "cuda" else -1
+        if 0 <= widest < size:
+            return f"its kernel holds widths up to {widest} in this device's shared memory, got {size}; plain torch takes any"
+        return True
 
     def prefer(self, device: str, dtypes: frozenset[torch.dtype], size: int) -> list[str]:
         """Backends, fastest first, for this size: what preferences.json says, the reference last.
@@ -169,12 +180,12 @@ class Op:
 
     def _choose_uncached(self, asked: str, device: str, dtypes: frozenset[torch.dtype], size: int) -> Any:
         if asked != "auto":
-            reason = self.can_use(asked, device, dtypes)
+            reason = self.can_use(asked, device, dtypes, size)
             if reason is not True:
                 raise RuntimeError(f"backend {asked!r} cannot compute {self.name}: {reason}; use set_backend('auto')")
             return self._kernel(asked)
         order = self.prefer(device, dtypes, size)
-        return next(self._kernel(name) for name in order if self.can_use(name, device, dtypes) is True)
+        return next(self._kernel(name) for name in order if self.can_use(name, device, dtypes, size) is True)
 
     def _kernel(self, backend: str) -> Any:
         if backend == "reference":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teleport_fast.ops.backend import Op, direct
 from teleport_fast.ops.checks import accumulation_dtype, as_list, check_matrix, check_views
+from teleport_fast.ops.inverse import inverse
 
 
 def grad_norm_objective(
@@ -118,10 +119,10 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         minus_grads = run(minus, matrix.mT @ matrix)
         dg = dg + weight * (matrix @ _grams(minus, ctx.joints, matrix))
     if plus:
-        inverse = torch.linalg.inv(matrix)
-        metric = inverse @ inverse.mT
+        inverted = inverse(matrix)
+        metric = inverted @ inverted.mT
         plus_grads = run(plus, metric)
-        dg = dg - weight * (inverse.mT @ _grams(plus, ctx.joints, matrix) @ metric)
+        dg = dg - weight * (inverted.mT @ _grams(plus, ctx.joints, matrix) @ metric)
     return plus_grads, minus_grads, dg.to(g.dtype), None
 
 

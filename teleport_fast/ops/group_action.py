@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teleport_fast.ops.backend import Op, direct
 from teleport_fast.ops.checks import accumulation_dtype, as_list, check_matrix, check_views
+from teleport_fast.ops.inverse import inverse
 
 
 def group_action(A_plus: Tensor, A_minus: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,8 +17,8 @@ def group_action(A_plus: Tensor, A_minus: Tensor, g: Tensor) -> tuple[Tensor, Te
 
     A_plus, A_minus: (heads, h, n) or (heads, h, outer, inner), any strides, float32, float64, bfloat16 or float16;
     g (heads, h, h), invertible. Results are contiguous, in the dtypes of A_plus and A_minus. Differentiable twice in
-    all three. Errors: TypeError and ValueError naming both shapes; torch.linalg.LinAlgError for a singular g.
-    Source: math.md section 2.
+    all three. Errors: TypeError and ValueError naming both shapes; torch.linalg.LinAlgError for a singular
+    g on the CPU (elsewhere its A₋ is NaN, nothing is waited for). Source: math.md section 2.
 
     >>> group_action(torch.ones(1, 1, 2), torch.ones(1, 1, 1), torch.tensor([[[2.0]]]))
     (tensor([[[2., 2.]]]), tensor([[[0.5000]]]))
@@ -104,7 +105,7 @@ def _run(A_plus: Tensor, A_minus: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_t(g: Tensor) -> Tensor:
-    return torch.linalg.inv(g.to(accumulation_dtype(g.dtype))).mT
+    return inverse(g.to(accumulation_dtype(g.dtype))).mT
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
@@ -157,10 +158,10 @@ def _backward(ctx, plus_grad: Tensor, minus_grad: Tensor):  # type: ignore[no-un
     plus, minus, g = ctx.saved_tensors
     dtype = accumulation_dtype(plus.dtype)
     matrix = g.to(dtype)
-    inverse = torch.linalg.inv(matrix)
+    inverted = inverse(matrix)
     A_plus, A_minus, Y_plus, Y_minus = (t.flatten(2).to(dtype) for t in (plus, minus, plus_grad, minus_grad))
-    dA_plus, dA_minus = matrix.mT @ Y_plus, inverse @ Y_minus
-    dg = Y_plus @ A_plus.mT - (inverse.mT @ A_minus) @ dA_minus.mT
+    dA_plus, dA_minus = matrix.mT @ Y_plus, inverted @ Y_minus
+    dg = Y_plus @ A_plus.mT - (inverted.mT @ A_minus) @ dA_minus.mT
     return dA_plus.reshape(plus.shape).to(plus.dtype), dA_minus.reshape(minus.shape).to(minus.dtype), dg.to(g.dtype)
 
 

@@ -39,6 +39,12 @@ def emulator(library: Path) -> Iterator[Any]:
     yield emulated.Emulated(library)
 
 
+@pytest.fixture(scope="session")
+def launched(library: Path) -> Any:
+    """The torch side of the kernels, launch.cpp, on CPU tensors: see launched.py."""
+    return _load("launched").Launched(emulated.build_launch(library), library)
+
+
 @pytest.fixture
 def kernels(emulator: Any) -> Any:
     """The ops of csrc/cuda as Python functions over lists of views."""

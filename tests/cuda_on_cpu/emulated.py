@@ -98,6 +98,31 @@ def build(extra_flags: Sequence[str] = ()) -> Path:
     return library
 
 
+def build_launch(kernels: Path) -> Path:
+    """csrc/cuda/launch.cpp as ops of namespace teleport_fast_emulated on CPU tensors, over the kernels' library."""
+    cxx = compiler()
+    assert cxx is not None
+    # The torch that is compiled for: the stable ABI's 2.11, as in CMakeLists.txt.
+    names = ["CUDA_HOST", "EMULATED", "LIBRARY=teleport_fast_emulated", "KEY=CPU"]
+    defined = [*[f"-DTELEPORT_FAST_{name}" for name in names], "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    home = Path(torch.__file__).parent
+    flags = [*defined, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    flags += [f"-I{HERE / 'host'}", "-isystem", str(home / "include")]
+    libraries = [str(kernels), str(home / "lib" / "libtorch_cpu.so")]
+    digest = hashlib.sha256(" ".join([cxx, *flags, *libraries]).encode())
+    for path in sorted([*(HERE / "host").glob("*.h"), *SOURCES.glob("*.h"), SOURCES / "launch.cpp"]):
+        digest.update(path.read_bytes())
+    library = kernels.with_name(f"launch-{digest.hexdigest()[:16]}.so")
+    if not library.exists():
+        part = library.with_suffix(f".{os.getpid()}.tmp")
+        command = [cxx, *flags, "-shared", str(SOURCES / "launch.cpp"), *libraries, "-o", str(part)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        part.replace(library)
+    return library
+
+
 class Emulated:
     """The kernels on the CPU; every call begins with fresh allocations and counters and raises what went wrong."""
 

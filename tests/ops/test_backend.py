@@ -87,6 +87,22 @@ def test_cpp_does_not_take_tensors_of_another_device():
     assert op.can_use("cpp", "cuda", FLOAT) == "it computes on cpu, the tensors are on cuda"
 
 
+def test_a_width_that_the_cuda_kernel_does_not_hold_is_torchs(monkeypatch):
+    op = Op("gram_difference", plain)
+    monkeypatch.setattr(module, "availability", lambda name: True)
+    monkeypatch.setattr(module, "_widest", lambda name, float64: 128 if float64 else 256)
+    monkeypatch.setattr(op, "_kernel", lambda name: f"{name}'s")
+    monkeypatch.setattr(op, "prefer", lambda device, dtypes, size: ["cuda", "reference"])
+    double = frozenset([torch.float64])
+    assert op.can_use("cuda", "cuda", FLOAT, 256) is True and op.can_use("cuda", "cuda", double, 128) is True
+    reason = op.can_use("cuda", "cuda", double, 129)
+    assert reason == "its kernel holds widths up to 128 in this device's shared memory, got 129; plain torch takes any"
+    assert op._choose_uncached("auto", "cuda", FLOAT, 256) == "cuda's"
+    assert op._choose_uncached("auto", "cuda", FLOAT, 257) == "reference's"
+    with pytest.raises(RuntimeError, match="'cuda' cannot compute gram_difference: its kernel holds widths up to 256"):
+        op._choose_uncached("cuda", "cuda", FLOAT, 257)
+
+
 def test_preferences_are_read_by_size_dtype_and_device(monkeypatch):
     rows = [{"up_to": 8, "backends": ["cpp"]}, {"up_to": None, "backends": []}]
     table = {"ops": {"some_op": {"cpu": rows, "cpu/float64": [{"up_to": None, "backends": ["triton"]}]}}}
