@@ -76,7 +76,7 @@ def train(images: Images, setting: Setting, arm: Arm, seeds: Sequence[int]) -> T
             if epoch == setting.teleport_epoch and index < setting.teleports:
                 if arm.move is not None:
                     for seed, stream in enumerate(streams):
-                        reports += _teleport(stack, seed, X, labels, arm, optimizer, stream)
+                        reports += teleport(stack, seed, X, labels, arm, stream, optimizer)
                 if arm.state == "reset":
                     optimizer = OPTIMIZERS[setting.optimizer](stack.weights, setting.lr)
             optimizer.zero_grad()
@@ -91,9 +91,10 @@ def train(images: Images, setting: Setting, arm: Arm, seeds: Sequence[int]) -> T
     return Trained(epochs, *ends, reports, stack)
 
 
-def _teleport(
-    stack: Stack, seed: int, X: Tensor, labels: Tensor, arm: Arm, optimizer: torch.optim.Optimizer, stream: torch.Generator
+def teleport(
+    stack: Stack, seed: int, X: Tensor, labels: Tensor, arm: Arm, stream: torch.Generator, optimizer: torch.optim.Optimizer | None = None
 ) -> list[TeleportReport]:
+    """One teleport of the network at place `seed` on a mini-batch drawn from `stream`; none where it has diverged."""
     move = arm.move
     assert move is not None
     few = torch.randperm(len(labels), generator=stream)[: move.batch]
