@@ -167,12 +167,12 @@ class MLPAction:
         code = check_teleport(self, steps, lr, cap, radius, group, parity, PUBLISHED)
         loss, sign = output_loss(loss_fn), 1 if ascend else -1
         if code in ("neurips22", "l2t"):
-            return self._published(loss_fn, code, steps, lr, cap, ascend)
+            return self._published(loss_fn, code, steps, lr, cap, ascend, recheck, recheck_factor)
         net = self._network()
         if code:
             path = published_v_exact(net, loss, steps, lr, cap, sign)
             if not path.full_rank:
-                return self._published(loss_fn, code, steps, lr, cap, ascend)
+                return self._published(loss_fn, code, steps, lr, cap, ascend, recheck, recheck_factor)
         else:
             path = ascend_with_search(net, self._shared(), loss, steps, lr, cap, sign, group, radius)
         before = path.steps[0].objective if path.steps else path.back.J
@@ -182,7 +182,15 @@ class MLPAction:
         )
 
     def _published(
-        self, loss_fn: LossFunction, code: str, steps: int, lr: float, cap: float, ascend: bool
+        self,
+        loss_fn: LossFunction,
+        code: str,
+        steps: int,
+        lr: float,
+        cap: float,
+        ascend: bool,
+        recheck: Callable[[Sequence[Tensor]], Tensor | float] | None,
+        recheck_factor: float,
     ) -> Teleported:
         records: list[StepRecord] = []
         weights, stopped = reference.published_teleport(
@@ -191,7 +199,7 @@ class MLPAction:
         )
         end = MLPAction(weights, self.X, form=self.form, activation=self.activation)._network()
         path = Path(end, backward(end, output_loss(loss_fn)), joint_factors(end, self._shared()), None, records, stopped)
-        return self._teleported(weights, path, loss_fn, records[0].objective, False, None, math.inf)
+        return self._teleported(weights, path, loss_fn, records[0].objective, False, recheck, recheck_factor)
 
     def _teleported(
         self,

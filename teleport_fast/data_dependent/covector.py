@@ -18,7 +18,9 @@ from teleport_fast.data_dependent.network import with_ones
 
 
 def push_covectors(action: MLPAction, gs: Sequence[Tensor], moved: Sequence[Tensor], covectors: Sequence[Tensor]) -> list[Tensor]:
-    """Covectors of the weights' shapes at action.weights, carried to `moved` = action.apply(gs); computed in float64.
+    """Covectors at action.weights, of the weights' shapes or n of each, (n, out, in), carried to `moved` = action.apply(gs).
+
+    Computed in float64 and returned in the covectors' dtype.
 
     ValueError where the move has no inverse: U-exact on a batch beyond the rank of its inputs, or no null space kept.
 
@@ -33,7 +35,8 @@ def push_covectors(action: MLPAction, gs: Sequence[Tensor], moved: Sequence[Tens
     with torch.enable_grad():
         leaves = [weight.detach().double().requires_grad_() for weight in moved]
         before = undo(action, [g.detach().double() for g in gs], leaves)
-        carried = torch.autograd.grad(before, leaves, [p.detach().double() for p in covectors])
+        several = covectors[0].dim() == 3
+        carried = torch.autograd.grad(before, leaves, [p.detach().double() for p in covectors], is_grads_batched=several)
     return [new.to(old.dtype) for new, old in zip(carried, covectors, strict=True)]
 
 

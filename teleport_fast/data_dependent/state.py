@@ -47,18 +47,18 @@ def carry_state_(
     moves = report.elements()
     if report.undone or not moves:
         return
-    push = _pusher(action, moves)
+    push = pusher(action, moves)
     parameters = _parameters(model)
     for kind, tensors in state_sources(optimizer, parameters):
         blocks = _blocks(model, tensors, action)
         if kind != SQUARE:
             _write(model, tensors, push(blocks))
         elif second_moments == "project":
-            _write(model, tensors, _projected(blocks, push))
+            _write(model, tensors, projected(blocks, push))
 
 
-def _pusher(action: MLPAction, moves: Sequence[Sequence[Tensor]]) -> Push:
-    """Pushes covectors through all steps; the weights between them are computed once."""
+def pusher(action: MLPAction, moves: Sequence[Sequence[Tensor]]) -> Push:
+    """The map of covectors (one a layer) through all steps of a teleport; the weights between them are computed once."""
     path = []
     for gs in moves:
         with warnings.catch_warnings():
@@ -77,14 +77,14 @@ def _pusher(action: MLPAction, moves: Sequence[Sequence[Tensor]]) -> Push:
     return push
 
 
-def _projected(blocks: Sequence[Tensor], push: Push) -> list[Tensor]:
+def projected(blocks: Sequence[Tensor], push: Push) -> list[Tensor]:
+    """The mean square of the pushed √v ξ over random signs ξ, v by layer."""
     generator = torch.Generator().manual_seed(0)
-    total = [torch.zeros_like(v) for v in blocks]
-    for _ in range(PROBES):
-        signs = [torch.randint(0, 2, v.shape, generator=generator).to(v) * 2 - 1 for v in blocks]
-        for sum_, pushed in zip(total, push([v.sqrt() * sign for v, sign in zip(blocks, signs, strict=True)]), strict=True):
-            sum_ += pushed.square() / PROBES
-    return total
+    signed = []
+    for v in blocks:
+        signs = torch.randint(0, 2, (PROBES, *v.shape), generator=generator) * 2 - 1
+        signed.append(v.sqrt() * signs.to(v))
+    return [pushed.square().mean(0) for pushed in push(signed)]
 
 
 def _linears(model: nn.Sequential) -> list[tuple[str, nn.Linear]]:
