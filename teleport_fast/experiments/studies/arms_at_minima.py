@@ -30,7 +30,7 @@ def compare(options: Options, arms: Arms, drawn: Drawn, epochs: int, at: int) ->
         # Other images and other draws than the teleports': what is measured was not optimised.
         look = data.batch(2 * IMAGES, 9000 + seed, "v_exact")
         measure = drawn(*look(weights), 9000 + seed)
-        value = lambda now: measure.value(look(now)[0])  # noqa: B023, E731
+        value = lambda now: _measured(measure, now, look)  # noqa: B023, E731
         before.append(value(weights))
         for name, teleport in arms(data, seed).items():
             with warnings.catch_warnings():
@@ -38,6 +38,16 @@ def compare(options: Options, arms: Arms, drawn: Drawn, epochs: int, at: int) ->
                 arm = go_on(data, weights, epochs - at, 500 + seed, teleport, value)
             results.setdefault(name, []).append(arm)
     return data, results, Sample(tuple(before))
+
+
+def _measured(measure: Measure, weights: Weights, look: Callable[[Weights], tuple[MLPAction, CrossEntropy]]) -> float:
+    """The measure; inf at weights that left the numbers, or are so large that nothing can be factored."""
+    if not all(bool(torch.isfinite(W).all()) for W in weights):
+        return math.inf
+    try:
+        return measure.value(look(weights)[0])
+    except torch.linalg.LinAlgError:
+        return math.inf
 
 
 def shown(results: dict[str, list[Arm]], before: Sample, name: str, title: str) -> tuple[tuple[Table, ...], tuple[Panel, ...]]:

@@ -29,6 +29,7 @@ DIRECTIONS, IMAGES, BATCHES = 20, 200, 5
 # The second set of networks: each seed draws one of each.
 RATES, SIZES = (3e-3, 1e-2, 3e-2, 1e-1), (10, 20, 50)
 SETS = ("seeds alone", "lr and batch size too")
+CONTROL = "training loss (control)"
 PUBLISHED_SHARPNESS, PUBLISHED_CURVATURE = "sharpness, positive orthant (published)", "curvature, published form"
 EXCESS, WIDE, CURVATURE = "sharpness less training loss, sphere, t ≤ .2", "sharpness less training loss, sphere, t ≤ .9", "curvature, all terms"
 
@@ -40,22 +41,26 @@ def run(options: Options) -> Outcome:
     tables, panels, claims = [], [], []
     for which in SETS:
         values: dict[str, list[float]] = {}
-        gaps, tests = [], []
+        gaps, tests, trains = [], [], []
         for weights in options.track(_trained(data, options.seeds, epochs, which), f"networks measured, {which}"):
             found = data.train(weights), data.test(weights)
             gaps.append(found[1] - found[0])
             tests.append(found[1])
+            trains.append(found[0])
             for name, value in _measured(data, weights, found[0]).items():
                 values.setdefault(name, []).append(value)
         rows: list[tuple[Cell, ...]] = []
         results: dict[str, Correlation] = {}
+        with_test: dict[str, Correlation] = {}
         for name, measured in values.items():
-            results[name] = correlate(measured, gaps)
-            rows.append((name, str(results[name]), str(correlate(measured, tests))))
+            results[name], with_test[name] = correlate(measured, gaps), correlate(measured, tests)
+            beyond = "" if name == CONTROL else str(correlate(measured, tests, trains))
+            rows.append((name, str(results[name]), str(with_test[name]), beyond))
         tables.append(Table(f"{len(gaps)} networks, {which}: Pearson's r (95% bootstrap interval)",
-                            ("", "with the gap, test less training loss", "with the test loss"), tuple(rows)))
+                            ("", "gap (test less training loss)", "test loss", "test loss, training loss held fixed"), tuple(rows)))
         for name in (PUBLISHED_SHARPNESS, PUBLISHED_CURVATURE):
             panels.append(Panel(which, name, "generalization gap", (Curve(name, tuple(values[name]), (tuple(gaps),)),), scatter=True))
+        claims.append(_claim(f"{which}: {PUBLISHED_SHARPNESS} goes with the test loss", with_test[PUBLISHED_SHARPNESS], 1))
         for name, sign in ((PUBLISHED_SHARPNESS, 1), (EXCESS, 1), (PUBLISHED_CURVATURE, -1), (CURVATURE, -1)):
             claims.append(_claim(f"{which}: {name} goes {'with' if sign > 0 else 'against'} the gap", results[name], sign))
     return Outcome(
@@ -108,7 +113,7 @@ def _measured(data: Data, weights: Weights, loss: float) -> dict[str, float]:
     few, of_few = actions[0]
     at_few = float(of_few(few.outputs()))
     return {
-        "training loss (control)": loss,
+        CONTROL: loss,
         PUBLISHED_SHARPNESS: MeanSharpness(of_few, SMALL, orthant).value(few),
         EXCESS: MeanSharpness(of_few, SMALL, sphere).value(few) - at_few,
         WIDE: MeanSharpness(of_few, RADII, sphere).value(few) - at_few,

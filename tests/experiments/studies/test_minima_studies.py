@@ -73,16 +73,22 @@ def test_r_is_numpys_and_its_interval_covers() -> None:
         assert found.r == pytest.approx(numpy.corrcoef(x, y)[0, 1], rel=1e-12)
         hits += found.low <= 0.6 <= found.high
     assert 50 <= hits <= 60
+    z = torch.randn(200, generator=generator, dtype=torch.float64)
+    x, y = z + torch.randn(200, generator=generator), z + torch.randn(200, generator=generator)
+    left = [side - numpy.polyval(numpy.polyfit(z, side, 1), z) for side in (x.numpy(), y.numpy())]
+    partial = correlate(x.tolist(), y.tolist(), z.tolist())
+    assert partial.r == pytest.approx(numpy.corrcoef(*left)[0, 1], rel=1e-9) and partial.low < 0 < partial.high
+    assert correlate(x.tolist(), y.tolist()).low > 0.2
     independent = correlate(list(range(40)), torch.randn(40, generator=generator).tolist())
     assert independent.low < 0 < independent.high
 
 
 def test_values_without_a_correlation_are_refused() -> None:
     for x, y, message in (
-        ([1, 2, 3], [1, 2, 3], "at least 4, got 3 and 3"),
-        ([1, 2, 3, 4], [1, 2, 3], "got 4 and 3"),
-        ([1, 2, 3, math.nan], [1, 2, 3, 4], "x and y must be finite"),
-        ([1, 2, 3, 4], [2, 2, 2, 2], "x and y must vary"),
+        ([1, 2, 3], [1, 2, 3], r"at least 4, got \[3, 3\]"),
+        ([1, 2, 3, 4], [1, 2, 3], r"got \[4, 3\]"),
+        ([1, 2, 3, math.nan], [1, 2, 3, 4], "x, y and given must be finite"),
+        ([1, 2, 3, 4], [2, 2, 2, 2], "x, y and given must vary"),
     ):
         with pytest.raises(ValueError, match=message):
             correlate(x, y)
@@ -124,6 +130,17 @@ def test_the_bar_of_the_issue_holds_on_trained_networks(name: str, drawn: object
     assert len(claims) == 2 and all(claim.holds for claim in claims)
 
 
+def test_weights_that_left_the_numbers_are_reported_as_diverged() -> None:
+    def arms(data: Data, seed: int) -> dict[str, object]:
+        return {"plain": None, "nan": lambda weights: [W * math.nan for W in weights], "huge": lambda weights: [W * 1e200 for W in weights]}
+
+    _, results, before = compare(Options(seeds=(0,)), arms, curvature_drawn, 2, 1)  # type: ignore[arg-type]
+    assert math.isfinite(before.mean) and results["nan"][0].measure == math.inf
+    (at, end), _ = shown(results, before, "curvature", "title")
+    assert str(at.rows[1][1]) == str(end.rows[1][2]) == "diverged (1 of 1)" and "diverged" in str(end.rows[1][3])
+    assert not lower(results, "nan", "").holds and not lower(results, "huge", "").holds
+
+
 def check(outcome: Outcome, tables: int, arms: int) -> None:
     assert len(outcome.tables) == tables and len(outcome.tables[0].rows) == arms
     assert all(claim.measured and claim.bar for claim in outcome.claims)
@@ -148,5 +165,5 @@ def test_the_correlation_study_reports_both_sets(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(correlation, "QUICK_EPOCHS", 1)
     outcome = correlation.run(Options(quick=True, seeds=tuple(range(5))))
     check(outcome, 2, 7)
-    assert len(outcome.claims) == 8 and len(outcome.panels) == 4
+    assert len(outcome.claims) == 10 and len(outcome.panels) == 4
     assert all(len(curve.x) == len(curve.runs[0]) == 5 for panel in outcome.panels for curve in panel.curves)
