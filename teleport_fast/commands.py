@@ -67,7 +67,10 @@ def train(
     ] = "adamw",
     arms: Annotated[
         str | None,
-        typer.Option(help="All arms by name, separated by commas, the baseline first; they replace --objective."),
+        typer.Option(
+            help="All arms by name, separated by commas, the baseline first; they replace --objective. "
+            "Besides bases and objectives: rotated, rotated-hidden, muon."
+        ),
     ] = None,
     control: Annotated[bool, typer.Option(help="Add random rotations, on the first seed.")] = True,
     steps: Annotated[int, typer.Option(help="Training steps of one run.")] = SETTING.steps,

@@ -227,21 +227,28 @@ class Rotated(Optimizer):
             plain_adamw_([group["params"][i] for of, i in places if of == g], self.state, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's, but moments, bases and counters keep the precision that they were saved in."""
-        super().load_state_dict(state_dict)
+        """Torch's, but moments, bases and counters keep their precision; a state of other bases is refused whole."""
         self._assigned.extend(self.param_groups)
-        for g, saved in enumerate(state_dict["param_groups"]):
-            for i, index in enumerate(saved["params"]):
-                entry, parameter = state_dict["state"].get(index, {}), self.param_groups[g]["params"][i]
-                for key, value in entry.items():
-                    if isinstance(value, Tensor):
-                        self.state[parameter][key] = self._restored(key, value, parameter, g, i)
+        wanted = [
+            (g, i, key, value)
+            for g, saved in enumerate(state_dict["param_groups"][: len(self.param_groups)])
+            for i, index in enumerate(saved["params"][: len(self.param_groups[g]["params"])])
+            for key, value in state_dict["state"].get(index, {}).items()
+            if isinstance(value, Tensor)
+        ]
+        kept = [(g, i, key, self._restored(key, value, g, i)) for g, i, key, value in wanted]
+        super().load_state_dict(state_dict)
+        for g, i, key, value in kept:
+            self.state[self.param_groups[g]["params"][i]][key] = value
         self._refresh.forget()
 
-    def _restored(self, key: str, value: Tensor, parameter: Tensor, g: int, i: int) -> Tensor:
+    def _restored(self, key: str, value: Tensor, g: int, i: int) -> Tensor:
+        """A copy in the dtype and on the device where this optimizer keeps it. Errors: ValueError for another shape."""
         if key in COUNTERS:
             return value.detach().to("cpu", torch.float32, copy=True)
-        assignment = self._assigned.of(g, i)
+        parameter, assignment = self.param_groups[g]["params"][i], self._assigned.of(g, i)
+        if key.endswith("_ill"):
+            return value.detach().to(parameter.device, copy=True)
         dtype = accumulation_dtype(parameter.dtype) if assignment.turned else parameter.dtype
         shape: tuple[int, ...] = tuple(parameter.shape)
         for axis, name in enumerate(AXES):
@@ -249,8 +256,6 @@ class Rotated(Optimizer):
                 side = self._assigned.owned_side(g, i, axis)
                 shape = (side.heads, side.width, side.width) if side else ()
                 dtype = self._refresh.dtype_for(parameter)
-        if key.endswith("_ill"):
-            return value.detach().to(parameter.device, copy=True)
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"state_dict: {key!r} of {assignment.name!r} is {tuple(value.shape)} and this optimizer holds {shape}; "

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+import teleport_fast as tf
 from teleport_fast.experiments.arms import ARMS, BASES, arm_named, make_optimizer
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.experiments.text import Text
+from teleport_fast.experiments.train import Setting, train
 
 
 def small(**fields: Any) -> GPT:
@@ -112,3 +115,32 @@ def test_muon_steps_matrices_by_torchs_muon_and_all_else_by_adamw() -> None:
                 optimizer.step()
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
     assert not torch.equal(models[0].token.weight, small(bias=True).token.weight)
+
+
+def test_the_optimizers_that_move_within_their_step_train_and_go_ways_of_their_own(
+    tiny: Setting, tiny_text: Text
+) -> None:
+    """Each ends complete, and no two with the same losses; the first loss, before any step, is everybody's."""
+    names = ("adamw", "rotated", "rotated-hidden", "muon")
+    runs = [train(arm_named(name), 0.01, 0, tiny, tiny_text) for name in names]
+    assert all(run.complete and run.arm == name for run, name in zip(runs, names, strict=True))
+    assert len({run.losses[0] for run in runs}) == 1
+    assert len({run.losses[-1] for run in runs}) == len(names)
+
+
+def test_rotated_knows_the_heads_and_keeps_tables_at_their_rate() -> None:
+    optimizer = make_optimizer(arm_named("rotated", momentum=0.8), small(), rate=0.006)
+    assert isinstance(optimizer, tf.optim.Rotated)
+    assert "heads 2 x 8" in optimizer.table() and "hidden 64" not in optimizer.table()
+    assert [(group["lr"], group["betas"]) for group in optimizer.param_groups] == [
+        (0.006, (0.8, 0.98)),
+        (0.01, (0.8, 0.98)),
+    ]
+    assert "hidden 64" in make_optimizer(arm_named("rotated-hidden"), small(), rate=0.006).table()
+
+
+def test_a_teleport_cannot_be_attached_to_an_optimizer_with_moves_of_its_own() -> None:
+    with pytest.raises(
+        ValueError, match=r"base must be one of adamw, adam, sgd, adagrad, rmsprop, got 'rotated'; pass"
+    ):
+        arm_named("rotations", base="rotated")

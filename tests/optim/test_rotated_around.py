@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import teleport_fast as tf
 from teleport_fast.experiments.gpt import GPT
@@ -106,10 +107,31 @@ def test_a_state_of_other_bases_is_refused(gpt: GPT, symmetries: tf.Symmetries, 
     optimizer = Rotated(gpt.named_parameters(), symmetries=symmetries)
     train(gpt, optimizer, 1)
     whole = Rotated(gpt.named_parameters())
+    train(gpt, whole, 1)
+    before = copy.deepcopy(whole.state_dict())
     with pytest.raises(
         ValueError, match=r"'rows_basis' of 'blocks.0.attention.q.weight' is \(2, 4, 4\) and .* \(1, 8, 8\)"
     ):
         whole.load_state_dict(optimizer.state_dict())
+    assert all(map(torch.equal, flat(whole.state_dict()["state"]), flat(before["state"])))
+
+
+def test_a_distributed_checkpoint_goes_through_a_step_without_gradients_and_resumes(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], same: Same
+) -> None:
+    """torch's state_dict helpers step with zero gradients and rate 0 to make the state: no weight may move."""
+    resumed = copy.deepcopy(gpt)
+    optimizer = Rotated(gpt.named_parameters(), symmetries=symmetries, weight_decay=0.1)
+    train(gpt, optimizer, 4)
+    resumed.load_state_dict(gpt.state_dict())
+    second = Rotated(resumed.named_parameters(), symmetries=symmetries, weight_decay=0.1)
+    resumed.zero_grad()
+    get_optimizer_state_dict(resumed, second)
+    assert same(gpt, resumed)
+    set_optimizer_state_dict(resumed, second, get_optimizer_state_dict(gpt, optimizer))
+    for model, each in ((gpt, optimizer), (resumed, second)):
+        train(model, each, 3, first=4)
+    assert same(gpt, resumed)
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
