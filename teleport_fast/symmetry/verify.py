@@ -60,6 +60,10 @@ class Prover:
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
         self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        for module in self.model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "_experts_implementation", None) is not None:
+                config._experts_implementation = "eager"  # transformers' grouped products have no float64
         self.casts = 0
         self._forward = _caller(self.model, inputs)
         self._perturb()

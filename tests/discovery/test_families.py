@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport_fast import find_symmetries, fold_norm_gains_
+from teleport_fast.discovery.inputs import guess_inputs
 from teleport_fast.symmetry import GeneralLinear, Joint, Orthogonal, Permutation, Rotary
 from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, Bucket, Element
 from teleport_fast.symmetry.verify import Prover, relative_deviation
@@ -352,3 +353,14 @@ def test_gains_of_one_stored_as_zero_free_a_stream_with_post_norms(zoo: Any) -> 
             parameter.data.zero_()
             parameter.requires_grad_(False)
     assert find_symmetries(model, inputs)["residual"].group == Orthogonal(20)
+
+
+@every_family
+def test_inputs_are_guessed_from_the_config(family: str, zoo: Any, found_in: Find) -> None:
+    found = found_in(family)
+    guessed = guess_inputs(found.model)
+    assert isinstance(guessed, dict)
+    assert set(guessed) == set(found.inputs)
+    assert all(value.dtype.is_floating_point == found.inputs[key].is_floating_point() for key, value in guessed.items())
+    prover = Prover(found.model, guessed)
+    assert prover.prove(found.symmetries.joints[0], 1e-10).ok
