@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport_fast.discovery.find import find_symmetries
-from teleport_fast.discovery.residual import is_norm
+from teleport_fast.discovery.gains import is_norm
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import named_tensors

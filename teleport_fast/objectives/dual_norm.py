@@ -108,8 +108,8 @@ class GradL1(Objective):
         self.trials = trials
 
     def unusable(self, joint: Joint) -> str | None:
-        if joint.group.form == "permutation":
-            return "a permutation leaves the l1 norm as it is"
+        if joint.group.form != "dense" and not joint.group.holds_stretches:
+            return f"a {'permutation' if joint.group.form == 'permutation' else 'sign'} leaves the l1 norm as it is"
         if joint.group.form == "dense" and not (joint.plus and joint.minus):
             return "the line search needs tensors on both sides of the joint"
         return mixed_powers(joint)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.symmetry.widen import WideCasts
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,16 @@ CONTROL_FLOOR = 1e-3
 
 
 class Prover:
-    """A perturbed float64 deep copy of a model on which joints are moved and put back, bit for bit."""
+    """A perturbed float64 deep copy of a model on which joints are moved and put back, bit for bit.
+
+    Casts to float32 within the model's forward are widened to float64; `casts` counts them per call.
+    """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
         self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
-        self.call = _caller(self.model, inputs)
+        self.casts = 0
+        self._forward = _caller(self.model, inputs)
         self._perturb()
         self.before = self.call()
         self.batch_statistics, self.drops_units, self.no_training = False, False, ""
@@ -70,6 +75,12 @@ class Prover:
             self.drops_units = relative_deviation(self._call_training(2), self.before_training) > 0
         except ValueError as error:  # BatchNorm refuses a batch of one value per channel
             self.no_training = str(error)
+
+    def call(self) -> list[Tensor]:
+        with WideCasts() as mode:
+            outputs = self._forward()
+        self.casts = mode.casts
+        return outputs
 
     def _call_training(self, seed: int) -> list[Tensor]:
         """Outputs in training mode with dropout masks of one seed; running statistics stay as they were.
@@ -164,6 +175,16 @@ def relative_deviation(after: list[Tensor], before: list[Tensor]) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
+def _seen(output: Any) -> Any:
+    """What of a model's output must stay: its logits where it names some, else all but caches, which follow a basis."""
+    if not isinstance(output, Mapping):
+        return output.to_tuple() if hasattr(output, "to_tuple") else output
+    named = {key: value for key, value in output.items() if "logits" in str(key) and value is not None}
+    if named:
+        return list(named.values())
+    return [value for key, value in output.items() if "past_key_values" not in str(key) and value is not None]
+
+
 def _caller(model: nn.Module, inputs: Any) -> Callable[[], list[Tensor]]:
     def cast(value: Any) -> Any:
         return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -177,9 +198,7 @@ def _caller(model: nn.Module, inputs: Any) -> Callable[[], list[Tensor]]:
 
     @torch.no_grad()
     def call() -> list[Tensor]:
-        output = model(*positional, **keywords)
-        if hasattr(output, "to_tuple"):
-            output = output.to_tuple()
+        output = _seen(model(*positional, **keywords))
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
         if not leaves:
             raise ValueError("the model returns no floating tensor for example_inputs; pass inputs that give logits")

@@ -110,7 +110,7 @@ def test_a_head_where_no_trial_of_the_line_search_helps_stays(trial_of: Callable
         optimizer.step()
         unchanged += all(map(torch.equal, before, trial.model.parameters()))
     values = [record.objective_after for record in teleporter.history]
-    assert values == sorted(values, reverse=True)
+    assert values == pytest.approx(sorted(values, reverse=True), rel=1e-12)  # sums round by where memory lies
     assert unchanged >= 2
     assert teleporter.history[-1].radius_used == 0
 
