@@ -165,11 +165,13 @@ class Symmetries:
     def explain(self) -> str:
         """A table of what was found, what was rejected or skipped, and why."""
         rows = [("joint", "kind", "group", "heads", "dim", "deviation", "status")]
-        deviations = {f.name: f.deviation for f in self.findings if f.status == "found"}
+        found = {f.name: f for f in self.findings if f.status == "found"}
         for joint in self.joints:
-            deviation = deviations.get(joint.name)
+            finding = found.get(joint.name)
+            deviation = None if finding is None else finding.deviation
+            status = "found" if finding is None or not finding.reason else f"found: {finding.reason}"
             shown = "unproven" if deviation is None else f"{deviation:.0e}"
-            rows.append((joint.name, joint.kind, str(joint.group), str(joint.heads), str(joint.dim), shown, "found"))
+            rows.append((joint.name, joint.kind, str(joint.group), str(joint.heads), str(joint.dim), shown, status))
         for finding in self.findings:
             if finding.status != "found":
                 shown = "" if finding.deviation is None else f"{finding.deviation:.0e}"

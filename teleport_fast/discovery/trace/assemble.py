@@ -18,6 +18,8 @@ from teleport_fast.symmetry.groups import GeneralLinear, Group
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.view import View
 
+REFUTED = "the recorded call proposes it, the probe refutes it"
+
 
 def candidates(tape: Tape) -> Iterator[Candidate]:
     """Dense and diagonal joints, then permutations, in the order of the parameters that they move first."""
@@ -29,7 +31,7 @@ def candidates(tape: Tape) -> Iterator[Candidate]:
         candidate = _scale_candidate(tape, like)
         if candidate is None:
             continue
-        if candidate.alternatives[0].group.form == "dense":
+        if candidate.alternatives and candidate.alternatives[0].group.form == "dense":
             mixed |= {seat for units in like for unit in units for seat in unit.seats}
         yield candidate
     seated = gather(tape, False)
@@ -115,14 +117,41 @@ def _strided(tape: Tape, place: Place, index: Tensor, start: Tensor, heads: int,
         strides = {"head_stride": max(head, 0), "repeats": many, "repeat_stride": max(repeat, 0)}
         if head < 0 or repeat < 0:
             return None
-        return [View(place.parameter, place.axis, heads, width, first, width_stride=step, power=power, shift=place.shift,
-                     counts=counts, **strides)]
+        return [
+            View(
+                place.parameter,
+                place.axis,
+                heads,
+                width,
+                first,
+                width_stride=step,
+                power=power,
+                shift=place.shift,
+                counts=counts,
+                **strides,
+            )
+        ]
     begin = int(start[0, 0, 0])
     apart = int(start[1, 0, 0]) - begin if heads > 1 else place.part_size
     if many > 1 or (head > 0 and heads > 1) or not torch.equal(begin + h[:, None, None] * apart + 0 * start, start):
         return None
-    return [View(place.parameter, place.axis, heads, width, first, width_stride=step, power=power, shift=place.shift,
-                 counts=counts, head_axis=place.part_axis, head_start=begin, head_stride=apart, head_size=place.part_size)]
+    return [
+        View(
+            place.parameter,
+            place.axis,
+            heads,
+            width,
+            first,
+            width_stride=step,
+            power=power,
+            shift=place.shift,
+            counts=counts,
+            head_axis=place.part_axis,
+            head_start=begin,
+            head_stride=apart,
+            head_size=place.part_size,
+        )
+    ]
 
 
 def _sides(tape: Tape, rows: list[list[Follower]], scales: bool) -> tuple[tuple[View, ...], ...] | None:
@@ -160,7 +189,9 @@ def _scale_candidate(tape: Tape, rows: list[list[Follower]]) -> Candidate | None
     if not _dense(tape, rows[0][0]):
         rows = _together(tape, rows, True)
     sides = _sides(tape, rows, True)
-    if sides is None or not sides[0] or not (sides[1] or sides[2]):
+    if sides is None:
+        return _no_view(rows, "up-down")
+    if not sides[0] or not (sides[1] or sides[2]):
         return None
     plus, minus, carried = sides
     heads, width = len(rows), len(rows[0])
@@ -170,20 +201,27 @@ def _scale_candidate(tape: Tape, rows: list[list[Follower]]) -> Candidate | None
     if _dense(tape, rows[0][0]):
         groups = [GeneralLinear(width), *groups[:1]]
     joints = tuple(Joint(name, kind, group, heads, width, plus, minus, carried) for group in groups)
-    return Candidate(name, kind, joints, "the recorded graph proposes it, the probe refutes it")
+    return Candidate(name, kind, joints, REFUTED, known=True)
+
+
+def _no_view(rows: list[list[Follower]], kind: str) -> Candidate:
+    first = min(rows[0][0].places).parameter
+    reason = f"the entries of {first!r} and of what reads them follow no common stride, so that no view describes them"
+    return Candidate(f"{_module(first)}.{kind}", kind, (), reason)
 
 
 def _seat_candidate(tape: Tape, rows: list[list[Follower]]) -> Candidate | None:
     heads, width = len(rows), len(rows[0])
     sides = _sides(tape, rows, False)
-    if width < 2 or sides is None or not sides[0]:
+    if width < 2 or (sides is not None and not sides[0]):
         return None
+    if sides is None:
+        return _no_view(rows, "neurons")
     plus, minus, carried = sides
-    layers = {v.parameter for v in plus if tape.tensors[v.parameter].ndim > 1}
-    kind, at = ("channels", plus) if len(layers) > 1 else ("neurons", minus or plus)
-    name = f"{_module(at[0].parameter)}.{kind}"
+    kind = "channels" if any(tape.tensors[view.parameter].ndim > 2 for view in plus) else "neurons"
+    name = f"{_module((minus or plus)[0].parameter)}.{kind}"
     joint = Joint(name, kind, Permutation(width), heads, width, plus, minus, carried)
-    return Candidate(name, kind, (joint,), "the recorded graph proposes it, the probe refutes it")
+    return Candidate(name, kind, (joint,), REFUTED, known=True)
 
 
 def _kind(

@@ -104,9 +104,7 @@ def _flat(label: Tensor, dim: int) -> bool:
     return bool((label.narrow(dim, 0, 1) == label).all())
 
 
-def elementwise_parameter(
-    tape: Tape, label: Tensor, alias: Alias, terms: tuple[tuple[float, Tensor], ...]
-) -> bool:
+def elementwise_parameter(tape: Tape, label: Tensor, alias: Alias, terms: tuple[tuple[float, Tensor], ...]) -> bool:
     """A parameter meets a value entry by entry: its entries scale as the product of units ** exponent over `terms`.
 
     False where no single axis of it runs along the units.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
@@ -15,15 +15,14 @@ from teleport_fast.discovery.trace.rules import RULES
 from teleport_fast.discovery.trace.tape import Alias, Tape
 
 
-def record(model: nn.Module, call: Callable[[], Any]) -> Tape:
-    """The tape of `call`, which calls the model in eval mode and returns its outputs; these must not move.
+def record(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], call: Callable[[], Any]) -> Tape:
+    """The tape of `call`, which calls a model that holds these tensors in eval mode; its outputs must not move.
 
     torch's fused attention is taken apart for it: the fast path of TransformerEncoderLayer is switched off, and
     scaled_dot_product_attention computes by its formula.
     """
     assert layers.__name__  # the import registers the layers' rules
-    buffers = dict(model.named_buffers())
-    tape = Tape({**buffers, **dict(model.named_parameters())}, buffers, RULES)
+    tape = Tape({**buffers, **parameters}, buffers, RULES)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teleport_fast.discovery.trace.products import elementwise_parameter
 from teleport_fast.discovery.trace.tape import Alias, Rule, Tape
-from teleport_fast.discovery.trace.units import BENT, FIXED, PINNED
+from teleport_fast.discovery.trace.units import BENT, FIXED, PINNED, POSITIVE
 
 RULES: dict[str, Rule] = {}
 
@@ -203,8 +203,9 @@ def _product(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     if torch.equal(x, y):
         units.positive(x)
         return units.derive(x, 2.0)
-    fixed_x, fixed_y = (_all_fixed(tape, side) for side in (x, y))
-    gate, passes = (x, y) if fixed_x and not fixed_y else (y, x)
+    fixed_x, fixed_y = (_all(tape, side, FIXED) for side in (x, y))
+    bounded = fixed_x and not fixed_y, not (fixed_x or fixed_y) and _all(tape, x, POSITIVE)
+    gate, passes = (x, y) if any(bounded) else (y, x)  # of two that may pass, the one with both signs
     if not (fixed_x or fixed_y):
         units.fix(gate, "it is the gate of a product whose other side passes the scale")
     units.mark(x, BENT)
@@ -213,8 +214,8 @@ def _product(tape: Tape, x: Tensor, y: Tensor) -> Tensor:
     return passes
 
 
-def _all_fixed(tape: Tape, label: Tensor) -> bool:
-    return all(tape.units.scale_flags(tape.units.scale(u)[0]) & FIXED for u in torch.unique(label).tolist() if u >= 0)
+def _all(tape: Tape, label: Tensor, flag: int) -> bool:
+    return all(tape.units.scale_flags(tape.units.scale(u)[0]) & flag for u in torch.unique(label).tolist() if u >= 0)
 
 
 def uniform(tape: Tape, label: Tensor, value: Any, dense_only: bool = False) -> None:

@@ -71,7 +71,9 @@ class Units:
     def tie(self, a: Tensor, b: Tensor, exponent: float = 1.0) -> None:
         """a and b move together, s_a = s_b ** exponent; one that meets no unit is pinned."""
         if exponent != 1:
-            same = a.expand(torch.broadcast_shapes(a.shape, b.shape))[a.expand_as(b) == b] if a.ndim == b.ndim else a[:0]
+            same = (
+                a.expand(torch.broadcast_shapes(a.shape, b.shape))[a.expand_as(b) == b] if a.ndim == b.ndim else a[:0]
+            )
             self.fix(same, "its scale would have to be its own inverse or power")
         for u, v in _pairs(a, b):
             if u < 0 or v < 0:
@@ -151,7 +153,9 @@ class Units:
         self._seat_flags[root_v] |= self._seat_flags[root_u]
         ours, theirs = self._block[root_u], self._block[root_v]
         if ours != theirs:
-            self._block[root_v] = ours or theirs if not (ours and theirs) else self._intern(min(ours, theirs), max(ours, theirs))
+            self._block[root_v] = (
+                ours or theirs if not (ours and theirs) else self._intern(min(ours, theirs), max(ours, theirs))
+            )
 
 
 def _pairs(a: Tensor, b: Tensor) -> list[tuple[int, int]]:
