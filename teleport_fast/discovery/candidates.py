@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from teleport_fast.discovery.gains import gain_of, gain_shift
+from teleport_fast.discovery.gains import centres, gain_of, gain_shift
 from teleport_fast.discovery.roles import Attention, Mlp, Role, Slot, join
-from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal
+from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal, Signs
 from teleport_fast.symmetry.groups import GeneralLinear, Group, Rotary
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.view import View
@@ -130,6 +130,7 @@ def attention_candidates(role: Role, views: Views) -> Iterator[Candidate]:
     assert isinstance(role, Attention)
     yield _value_output(role, views)
     yield _query_key(role, views)
+    yield from normed_heads(role, views)
     yield from _head_orders(role, views)
 
 
@@ -162,6 +163,63 @@ def _query_key(role: Attention, views: Views) -> Candidate:
             joints.append(Joint(name, kind, group, heads, width, plus, minus))
     reason = "queries and keys pass through a norm or an unknown position encoding"
     return Candidate(name, "query-key", tuple(joints), reason)
+
+
+def normed_heads(role: Attention, views: Views) -> Iterator[Candidate]:
+    """What a norm on queries and keys leaves: its gains' scales plane by plane, and signs."""
+    if len(role.norms) < 2 or not role.norms:
+        return
+    width, (q, k) = role.head_dim, (views.gain(norm, role.head_dim) for _, norm in role.norms)
+    if not q or not k:
+        return
+    name = join(role.name, "query-key-gains")
+    joints = [
+        Joint(name, "query-key-gains", Diagonal(size), 1, size, plus, minus)
+        for size, (plus, minus) in _by_plane(width, q, k)
+    ]
+    yield Candidate(name, "query-key-gains", tuple(joints), "gains of queries and keys do not meet plane by plane")
+    heads, group = role.kv_heads, role.heads // role.kv_heads
+    query, key, _ = role.layouts()[0]
+    name = join(role.name, "query-key-signs")
+    rows = [
+        replace(view, repeats=1, start=view.start + g * width)
+        for view in views.rows(query, heads, width, group)
+        for g in range(group)
+    ]
+    joints = [
+        Joint(name, "query-key-signs", Signs(size), heads, size, plus, minus)
+        for size, (plus, minus) in _by_plane(width, tuple(rows), views.rows(key, heads, width))
+    ]
+    yield Candidate(name, "query-key-signs", tuple(joints), "queries and keys do not meet plane by plane")
+    for (norm_name, norm), gain, slot, count in zip(role.norms, (q, k), (query, key), (role.heads, heads), strict=True):
+        if not centres(norm) and len(gain) == 1:
+            name = f"{norm_name}.signs"
+            plus = tuple(replace(view, counts=False) for view in _shared_rows(slot, views, width, count))
+            joint = Joint(name, "norm-signs", Signs(width), 1, width, plus, gain)
+            yield Candidate(name, "norm-signs", (joint,), "the norm is not odd")
+
+
+def _shared_rows(slot: Slot, views: Views, width: int, heads: int) -> tuple[View, ...]:
+    """Rows of all heads as one space."""
+    return tuple(replace(v, repeats=heads, repeat_stride=width) for v in views.rows(slot, 1, width))
+
+
+def _by_plane(width: int, *sides: tuple[View, ...]) -> Iterator[tuple[int, list[tuple[View, ...]]]]:
+    """The sides unit by unit, then with the two units of a rotary plane as one, in either layout."""
+    yield width, list(sides)
+    if width % 2 == 0:
+        for first, step, pair in ((width // 2, 1, width // 2), (width // 2, 2, 1)):
+            yield (
+                first,
+                [
+                    tuple(
+                        replace(view, width=first, width_stride=step, repeats=2, repeat_stride=pair,
+                                head_stride=view.head_stride)
+                        for view in side
+                    )
+                    for side in sides
+                ],
+            )  # fmt: skip
 
 
 def _head_orders(role: Attention, views: Views) -> Iterator[Candidate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 NORM_NAMES = ("norm", "ln", "layernorm", "rmsnorm")
 
@@ -26,14 +26,32 @@ def gain_of(norm: nn.Module) -> nn.Parameter | None:
 @torch.no_grad()
 def gain_shift(norm: nn.Module) -> float:
     """1.0 where the norm multiplies by 1 + w, 0.0 where it multiplies by w: read off a copy's output at w = 0."""
+    if type(norm) in (nn.LayerNorm, nn.RMSNorm):
+        return 0.0
+    output = _output(norm, 0.0, torch.linspace(-1.0, 2.0, _width(norm)))
+    return 1.0 if output is not None and bool(output.abs().sum() > 0) else 0.0
+
+
+@torch.no_grad()
+def centres(norm: nn.Module) -> bool:
+    """Whether the norm takes the mean away (LayerNorm), so that no unit's sign stands alone."""
+    x = torch.linspace(-1.0, 2.0, _width(norm)).square()
+    first, second = (_output(norm, 1.0, x + c) for c in (0.0, 3.0))
+    return first is None or second is None or bool((first - second).abs().max() < 1e-3)
+
+
+def _width(norm: nn.Module) -> int:
     gain = gain_of(norm)
-    if gain is None or type(norm) in (nn.LayerNorm, nn.RMSNorm):
-        return 0.0
-    probe = copy.deepcopy(norm).to_empty(device="cpu") if gain.is_meta else copy.deepcopy(norm).cpu()
-    for parameter in probe.parameters():
-        parameter.zero_()
-    x = torch.linspace(-1.0, 2.0, gain.numel(), dtype=gain.dtype).expand(1, 2, -1)
+    return 2 if gain is None else gain.numel()
+
+
+def _output(norm: nn.Module, gain: float, x: Tensor) -> Tensor | None:
+    """What a copy of the norm with this gain and no bias gives; None if it takes more than its input."""
+    probe = copy.deepcopy(norm).to_empty(device="cpu").float()
+    for name, parameter in probe.named_parameters():
+        parameter.fill_(0.0 if name == "bias" else gain)
     try:
-        return 1.0 if bool(probe(x).abs().sum() > 0) else 0.0
-    except Exception:  # a norm that takes more than its input is not shifted; the probe decides anyway
-        return 0.0
+        output = probe(x.expand(1, 2, -1))
+    except Exception:  # its own kind of call: neither shifted nor known, the probe decides
+        return None
+    return output if isinstance(output, Tensor) else None

@@ -38,7 +38,7 @@ class Stream:
     plus: list[View] = field(default_factory=list)
     minus: list[View] = field(default_factory=list)
     gains: list[View] = field(default_factory=list)
-    members: list[str] = field(default_factory=list)
+    writers: list[str] = field(default_factory=list)
     unfolded: str | None = None
 
 
@@ -62,10 +62,11 @@ def streams(model: nn.Module, blocks: Sequence[Role], views: Views, flow: Flow) 
             _normalise(stream, model, views, flow, space)
             _read(stream, readers, views)
             _bare(stream, model, views, flow, space)
-            found.append(stream)
+            if stream.writers:
+                found.append(stream)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    found.sort(key=lambda stream: min(order[member] for member in stream.members))
-    prefixes = [_prefix(stream.members) for stream in found]
+    found.sort(key=lambda stream: min(order[writer] for writer in stream.writers))
+    prefixes = [_prefix(stream.writers) for stream in found]
     for index, (prefix, stream) in enumerate(zip(prefixes, found, strict=True)):
         if len(found) == 1:
             yield "residual", stream
@@ -75,10 +76,10 @@ def streams(model: nn.Module, blocks: Sequence[Role], views: Views, flow: Flow) 
             yield f"residual.{index}", stream
 
 
-def _prefix(members: list[str]) -> str:
-    """The modules that all members are in."""
+def _prefix(writers: list[str]) -> str:
+    """The modules that all writers are in."""
     shared = []
-    for parts in zip(*(member.split(".") for member in members), strict=False):
+    for parts in zip(*(writer.split(".") for writer in writers), strict=False):
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
@@ -106,11 +107,11 @@ def _write(
     for slot, in_role in writers:
         if slot.out_features == slot.size == stream.width:
             stream.plus += views.rows(slot, 1, stream.width, counts=in_role)
-            stream.members.append(slot.layer)
+            stream.writers.append(slot.layer)
     for name, table in tables:
         if table.embedding_dim == stream.width:
             stream.plus.append(views.axis(table.weight, 1, stream.width))
-            stream.members.append(name)
+            stream.writers.append(name)
 
 
 def _read(stream: Stream, readers: list[tuple[Slot, bool]], views: Views) -> None:
@@ -120,7 +121,6 @@ def _read(stream: Stream, readers: list[tuple[Slot, bool]], views: Views) -> Non
             for view in views.columns(slot, 1, stream.width):
                 if (view.parameter, view.axis) not in turned:
                     stream.minus.append(view if in_role else replace(view, counts=False))
-            stream.members.append(slot.layer)
 
 
 def _normalise(stream: Stream, model: nn.Module, views: Views, flow: Flow, space: int) -> None:

@@ -39,6 +39,10 @@ class Role:
         """The slots that write what goes out."""
         raise NotImplementedError
 
+    def inner(self) -> list[Slot]:
+        """The slots that write or read a normalised space within the role (latent attention)."""
+        return []
+
 
 @dataclass(frozen=True)
 class Attention(Role):

@@ -1,1 +1,5 @@
 """Exceptions, one file per kind: role builders for modules that the general rules of roles.py do not read."""
+
+from teleport_fast.discovery.families import contrastive, experts, latent, nested, relative_bias
+
+__all__ = ["contrastive", "experts", "latent", "nested", "relative_bias"]
