@@ -66,7 +66,9 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
     for candidate in proposals:
         decide(candidate)
     left_over = _skipped(model, proposals, findings, {})
-    if left_over or _open_space(model, proposals):
+    orders = {c.name for c in proposals if any(joint.group.form == "permutation" for joint in c.alternatives)}
+    refuted = any(finding.name in orders and finding.status == "rejected" for finding in findings)
+    if left_over or refuted or _open_space(model, joints):
         tape = _tape(model, example_inputs, prover)
         seen = [] if tape is None else list(traced(tape))
         if prover is None and tape is not None:
@@ -110,11 +112,10 @@ def _propose(model: nn.Module, prover: Prover | None) -> tuple[list[Candidate], 
     return proposals, findings
 
 
-def _open_space(model: nn.Module, proposals: list[Candidate]) -> bool:
+def _open_space(model: nn.Module, joints: list[Joint]) -> bool:
     """Whether rows of one matrix and columns of another, as many, or a lone vector, are in no joint of a block."""
-    inner = [c for c in proposals if not c.kind.startswith("residual")]
-    moved = {(v.parameter, v.axis) for c in proposals for joint in c.alternatives for v in joint.views()}
-    within = {v.parameter for c in inner for joint in c.alternatives for v in joint.views()}
+    moved = {(view.parameter, view.axis) for joint in joints for view in joint.views()}
+    within = {name for joint in joints if not joint.kind.startswith("residual") for name in joint.parameters()}
     rows, columns, lone = set(), set(), False
     names = {name for name, module in model.named_modules() if is_norm(module)}
     for name, parameter in model.named_parameters():
