@@ -225,7 +225,8 @@ class Teleporter:
         states = state_sources(self.optimizer, parameters)
         for _, bucket, element in moves:
             moving = [source for source in states if source[0] != NORMALISED]
-            bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving])
+            carried = [(PARAMETER, buffers)] if (buffers := self.plan.buffers(bucket)) else []
+            bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
             normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
             if normalised:
                 signs = Element("diagonal", element.g.sign())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from teleport_fast.discovery.gains import centres, gain_of, gain_shift
-from teleport_fast.discovery.roles import Attention, Mlp, Role, Slot
+from teleport_fast.discovery.roles import Attention, Mlp, Role, Slot, join
 from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal, Signs
 from teleport_fast.symmetry.groups import GeneralLinear, Group, Rotary
 from teleport_fast.symmetry.joint import Joint
@@ -20,7 +20,8 @@ class Candidate:
     """One hidden space and the joints it may be, most general first; `otherwise` explains it when none holds.
 
     `wider` is tried after the first alternative has passed: it contains that group and is dear to prove. `fallback`
-    holds smaller symmetries of the same space, tried when no alternative holds.
+    holds smaller symmetries of the same space, tried when no alternative holds. `known`: the operators between writers and
+    readers were seen, so that the first alternative may be trusted without a proof.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Candidate:
     otherwise: str
     wider: Joint | None = None
     fallback: tuple[Candidate, ...] = ()
+    known: bool = False
 
 
 class Views:
@@ -134,7 +136,7 @@ def attention_candidates(role: Role, views: Views) -> Iterator[Candidate]:
 
 def _value_output(role: Attention, views: Views) -> Candidate:
     heads, width, repeats = role.kv_heads, role.head_dim, role.heads // role.kv_heads
-    name = f"{role.name}.value-output"
+    name = join(role.name, "value-output")
     minus = views.columns(role.output, heads, width, repeats)
     joints = [
         Joint(name, "value-output", GeneralLinear(width), heads, width, views.rows(value, heads, width), minus)
@@ -146,7 +148,7 @@ def _value_output(role: Attention, views: Views) -> Candidate:
 
 def _query_key(role: Attention, views: Views) -> Candidate:
     heads, width, repeats = role.kv_heads, role.head_dim, role.heads // role.kv_heads
-    name = f"{role.name}.query-key"
+    name = join(role.name, "query-key")
     if role.norms:
         normed = " and ".join(child.rpartition(".")[2] for child, _ in role.norms)
         return Candidate(name, "query-key", (), f"queries and keys pass through a norm ({normed}) before they meet")
@@ -170,7 +172,7 @@ def normed_heads(role: Attention, views: Views) -> Iterator[Candidate]:
     width, (q, k) = role.head_dim, (views.gain(norm, role.head_dim) for _, norm in role.norms)
     if not q or not k:
         return
-    name = f"{role.name}.query-key-gains"
+    name = join(role.name, "query-key-gains")
     joints = [
         Joint(name, "query-key-gains", Diagonal(size), 1, size, plus, minus)
         for size, (plus, minus) in _by_plane(width, q, k)
@@ -178,7 +180,7 @@ def normed_heads(role: Attention, views: Views) -> Iterator[Candidate]:
     yield Candidate(name, "query-key-gains", tuple(joints), "gains of queries and keys do not meet plane by plane")
     heads, group = role.kv_heads, role.heads // role.kv_heads
     query, key, _ = role.layouts()[0]
-    name = f"{role.name}.query-key-signs"
+    name = join(role.name, "query-key-signs")
     rows = [
         replace(view, repeats=1, start=view.start + g * width)
         for view in views.rows(query, heads, width, group)
@@ -225,7 +227,7 @@ def _head_orders(role: Attention, views: Views) -> Iterator[Candidate]:
     kv_heads, group, width = role.kv_heads, role.heads // role.kv_heads, role.head_dim
     reason = "heads are told apart by something else (a position bias or a gain of their own)"
     if kv_heads > 1:
-        name = f"{role.name}.heads"
+        name = join(role.name, "heads")
         minus = views.head_columns(role.output, 1, kv_heads, group * width)
         joints = []
         for query, key, value in role.layouts():
@@ -235,7 +237,7 @@ def _head_orders(role: Attention, views: Views) -> Iterator[Candidate]:
             joints.append(Joint(name, "heads", Permutation(kv_heads), 1, kv_heads, plus, minus))
         yield Candidate(name, "heads", tuple(joints), reason)
     if group > 1:
-        name = f"{role.name}.query-heads"
+        name = join(role.name, "query-heads")
         minus = views.head_columns(role.output, kv_heads, group, width)
         joints = []
         for query, _, _ in role.layouts():
@@ -252,7 +254,7 @@ def mlp_candidates(role: Role, views: Views) -> Iterator[Candidate]:
     """Up–down: any diagonal (GL without an activation), a positive one, degree 2; and the neurons' permutation."""
     assert isinstance(role, Mlp)
     width, experts = role.up.size, _batch(role.up)
-    name = f"{role.name}.up-down"
+    name = join(role.name, "up-down")
     plus, minus = views.rows(role.up, experts, width), views.columns(role.down, experts, width)
 
     def joint(kind: str, group: Group, plus: tuple[View, ...] = plus, minus: tuple[View, ...] = minus) -> Joint:
@@ -274,7 +276,7 @@ def mlp_candidates(role: Role, views: Views) -> Iterator[Candidate]:
     )
     gate = views.rows(role.gate, experts, width) if role.gate is not None else ()
     if width > 1:
-        name = f"{role.name}.neurons"
+        name = join(role.name, "neurons")
         neurons = Joint(name, "neurons", Permutation(width), experts, width, (*plus, *gate), minus)
         yield Candidate(name, "neurons", (neurons,), "units are not interchangeable between up and down")
 

@@ -14,6 +14,9 @@ from teleport_fast.discovery.inputs import guess_inputs
 from teleport_fast.discovery.norms import norm_proposals
 from teleport_fast.discovery.residual import residual_candidate, stream_width, streams
 from teleport_fast.discovery.roles import Role, Unusable, canonical_names, roles
+from teleport_fast.discovery.trace.assemble import candidates as traced
+from teleport_fast.discovery.trace.propose import beyond, entries, reasons, record_model, record_on_meta
+from teleport_fast.discovery.trace.tape import Tape
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Finding, Symmetries, named_tensors
 from teleport_fast.symmetry.verify import CONTROL_FLOOR, Prover
@@ -29,9 +32,10 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
     example_inputs: what the model is called with, a tensor, a tuple of positional arguments or a dict of keywords; None
     guesses (2, t) token ids or (4, features) noise. With `verify` every proposed joint is moved by a random element on
     a perturbed float64 deep copy in eval mode: the outputs may deviate by 1e-10 at most, and must deviate by more than
-    1e-3 under a wrong element; the model's own casts to float32 are widened for it. Without it the first alternative
-    that needs no proof is taken on trust: only value-output, neurons and norm-readers joints, and the diagonal of gated
-    MLPs.
+    1e-3 under a wrong element; the model's own casts to float32 are widened for it. Without it joints are taken on trust:
+    value-output, neurons and norm-readers joints and the diagonal of gated MLPs by their layers' names, others where a
+    call recorded on `meta` shows every operator between those who write a hidden space and those who read it.
+    Modules that no builder knows by name are understood from such a recorded call.
     Errors: ValueError when inputs cannot be guessed or the model has no parameters; TypeError when it is no Module.
     Source: own derivation (math.md section 2); proofs in tests/discovery/test_find.py.
 
@@ -51,12 +55,29 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
         prover = Prover(model, guess_inputs(model) if example_inputs is None else example_inputs)
     proposals, findings = _propose(model, prover)
     joints: list[Joint] = []
-    for candidate in proposals:
+
+    def decide(candidate: Candidate) -> None:
         for joint, finding in _decide(candidate, tensors, prover):
+            findings[:] = [f for f in findings if f.name != finding.name or f.status == "found"]
             findings.append(finding)
             if joint is not None:
                 joints.append(joint)
-    findings += _skipped(model, proposals, findings)
+
+    for candidate in proposals:
+        decide(candidate)
+    left_over = _skipped(model, proposals, findings, {})
+    orders = {c.name for c in proposals if any(joint.group.form == "permutation" for joint in c.alternatives)}
+    refuted = any(finding.name in orders and finding.status == "rejected" for finding in findings)
+    if left_over or refuted or _open_space(model, joints):
+        tape = _tape(model, example_inputs, prover)
+        seen = [] if tape is None else list(traced(tape))
+        if prover is None and tape is not None:
+            joints[:] = _confirmed(joints, seen, findings)
+        more = beyond(seen, joints)
+        for candidate in more:
+            decide(candidate)
+        left_over = _skipped(model, [*proposals, *more], findings, {} if tape is None else reasons(tape))
+    findings += left_over
     if prover is not None and prover.casts:
         reason = f"its forward casts to float32 {prover.casts} times, proven with these in float64"
         findings.append(Finding("model", "float32", "noted", reason))
@@ -91,6 +112,41 @@ def _propose(model: nn.Module, prover: Prover | None) -> tuple[list[Candidate], 
     return proposals, findings
 
 
+def _open_space(model: nn.Module, joints: list[Joint]) -> bool:
+    """Whether rows of one matrix and columns of another, as many, or a lone vector, are in no joint of a block."""
+    moved = {(view.parameter, view.axis) for joint in joints for view in joint.views()}
+    within = {name for joint in joints if not joint.kind.startswith("residual") for name in joint.parameters()}
+    rows, columns, lone = set(), set(), False
+    names = {name for name, module in model.named_modules() if is_norm(module)}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            rows |= {parameter.shape[0]} if (name, 0) not in moved else set()
+            columns |= {parameter.shape[1]} if (name, 1) not in moved else set()
+        elif name.rpartition(".")[2] not in ("weight", "bias") and name.rpartition(".")[0] not in names:
+            lone |= name not in within
+    return lone or bool(rows & columns)
+
+
+def _tape(model: nn.Module, example_inputs: Any, prover: Prover | None) -> Tape | None:
+    """What a call of the model does, for modules that no builder knows; None where nobody says how to call it."""
+    if prover is not None:
+        return record_model(prover.model, prover.call)
+    try:
+        return record_on_meta(model, guess_inputs(model) if example_inputs is None else example_inputs)
+    except (ValueError, RuntimeError, NotImplementedError):  # no inputs, or a forward that needs numbers
+        return None
+
+
+def _confirmed(joints: list[Joint], seen: list[Candidate], findings: list[Finding]) -> list[Joint]:
+    """Of the joints taken on trust, norm gains read what the recorded call shows; the others are rejected."""
+    shown = [entries(joint) for candidate in seen for joint in candidate.alternatives]
+    wrong = {joint.name for joint in joints if joint.kind == "norm-readers" and entries(joint) not in shown}
+    for i, finding in enumerate(findings):
+        if finding.name in wrong:
+            findings[i] = Finding(finding.name, finding.kind, "rejected", "other layers than these read this norm")
+    return [joint for joint in joints if joint.name not in wrong]
+
+
 def _decide(
     candidate: Candidate, tensors: dict[str, Tensor], prover: Prover | None
 ) -> Iterator[tuple[Joint | None, Finding]]:
@@ -114,18 +170,25 @@ def _first_that_holds(
         return rejected(f"{stuck[0]!r} is frozen (requires_grad=False), a move would change it")
     if prover is None:
         joint = candidate.alternatives[0]
-        if len(candidate.alternatives) > 1 or candidate.kind not in TRUSTED:
+        if not candidate.known and (len(candidate.alternatives) > 1 or candidate.kind not in TRUSTED):
             return rejected("which group acts here is known only by proof; call with verify=True")
         return joint, Finding(joint.name, joint.kind, "found")
     smallest = float("inf")
     for joint in candidate.alternatives:
+        try:
+            joint.check_shapes(prover.tensors)
+        except ValueError as error:
+            return rejected(str(error))
         proof = prover.prove(joint, TOLERANCE)
         if proof.ok:
             if candidate.wider is not None and joint is candidate.alternatives[0]:
                 wider = prover.prove(candidate.wider, TOLERANCE)
                 if wider.ok:
                     joint, proof = candidate.wider, wider
-            return joint, Finding(joint.name, joint.kind, "found", deviation=proof.deviation)
+            note = ""
+            if proof.training is not None:
+                note = f"in training mode up to the norm's eps (deviation {proof.training:.0e})"
+            return joint, Finding(joint.name, joint.kind, "found", note, proof.deviation)
         if proof.control <= CONTROL_FLOOR:
             seen = f"a wrong move passes too (deviation {proof.control:.0e})"
             return rejected(f"{seen}: the outputs do not see this joint")
@@ -139,7 +202,9 @@ def frozen(joint: Joint, tensors: dict[str, Tensor]) -> list[str]:
     return [name for name in joint.parameters() if name in tensors and not tensors[name].requires_grad]
 
 
-def _skipped(model: nn.Module, proposals: list[Candidate], findings: list[Finding]) -> list[Finding]:
+def _skipped(
+    model: nn.Module, proposals: list[Candidate], findings: list[Finding], known: dict[str, str]
+) -> list[Finding]:
     """Modules whose parameters no builder proposed to move: said aloud, never assumed."""
     joints = [joint for candidate in proposals for joint in candidate.alternatives]
     joints += [joint for candidate in proposals for rest in candidate.fallback for joint in rest.alternatives]
@@ -153,5 +218,7 @@ def _skipped(model: nn.Module, proposals: list[Candidate], findings: list[Findin
             continue
         if isinstance(module, (nn.Embedding, nn.Linear)) and on_rejected_stream:
             continue
-        out.append(Finding(name or type(model).__name__, type(module).__name__, "skipped", "no builder knows its role"))
+        why = next((f": {known[parameter]}" for parameter in sorted(own) if parameter in known), "")
+        reason = f"no builder knows its role{why}"
+        out.append(Finding(name or type(model).__name__, type(module).__name__, "skipped", reason))
     return out

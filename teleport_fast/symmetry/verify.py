@@ -18,12 +18,17 @@ from teleport_fast.symmetry.widen import WideCasts
 
 @dataclass(frozen=True)
 class JointProof:
-    """Relative deviation of the outputs after a right move, and after a wrong one (the negative control)."""
+    """Relative deviation of the outputs after a right move, and after a wrong one (the negative control).
+
+    `training` is the deviation in training mode where that mode computes something else (batch statistics) and the joint
+    moves running statistics, which it leaves only up to the norm's eps; None elsewhere.
+    """
 
     name: str
     deviation: float
     control: float
     ok: bool
+    training: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,12 @@ class Prover:
         self._forward = _caller(self.model, inputs)
         self._perturb()
         self.before = self.call()
-        first, second = self._call_training(1), self._call_training(2)
-        self.drops_units = relative_deviation(second, first) > 0
-        self.before_training = first
+        self.batch_statistics, self.drops_units, self.no_training = False, False, ""
+        try:
+            self.before_training = self._call_training(1)
+            self.drops_units = relative_deviation(self._call_training(2), self.before_training) > 0
+        except ValueError as error:  # BatchNorm refuses a batch of one value per channel
+            self.no_training = str(error)
 
     def call(self) -> list[Tensor]:
         with WideCasts() as mode:
@@ -79,7 +87,10 @@ class Prover:
         return outputs
 
     def _call_training(self, seed: int) -> list[Tensor]:
-        """Outputs in training mode with dropout masks of one seed; running statistics stay as they were."""
+        """Outputs in training mode with dropout masks of one seed; running statistics stay as they were.
+
+        A call that changes them says that the model has batch statistics.
+        """
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         self.model.train()
         try:
@@ -89,6 +100,7 @@ class Prover:
         finally:
             self.model.eval()
             for name, value in self.model.named_buffers():
+                self.batch_statistics |= value.is_floating_point() and not torch.equal(value, buffers[name])
                 value.copy_(buffers[name])
 
     def _perturb(self) -> None:
@@ -107,28 +119,37 @@ class Prover:
 
         A model with dropout is also held to its outputs in training mode, same masks: a dense g mixes what a mask cuts.
         A permutation moves the mask with the units, which is the same in distribution, so it is proven in eval mode.
+        A model with batch statistics is held to its outputs in both modes. There a scale that moves running statistics
+        is exact in eval mode and up to eps in training mode, so its bar there is the control's floor.
         """
         generator = torch.Generator().manual_seed(seed)
         radius = 0.4 * joint.width**0.5 if joint.group.form == "dense" else 0.5
         g = joint.group.random(joint.heads, radius, generator, torch.float64)
         element = Element.of(joint.group, g)
-        deviation = self._deviation(joint, element)
+        deviation, training = self._deviations(joint, element)
         lone = (joint.plus or joint.minus)[0]
         half = Joint(joint.name, joint.kind, joint.group, joint.heads, joint.width, (lone,), ())
         if len(list(joint.views())) == 1 and element.form == "diagonal":  # nothing to leave out: a sign is what is wrong
             element = Element(element.form, -element.g)
-        control = self._deviation(half, element)
+        control = max(self._deviations(half, element))
+        up_to_eps = self.batch_statistics and bool(joint.carried) and joint.group.form == "diagonal"
+        if up_to_eps:
+            holds = deviation <= tolerance and training <= CONTROL_FLOOR
+            return JointProof(joint.name, deviation, control, holds and control > CONTROL_FLOOR, training)
+        deviation = max(deviation, training)
         return JointProof(joint.name, deviation, control, deviation <= tolerance and control > CONTROL_FLOOR)
 
     @torch.no_grad()
-    def _deviation(self, joint: Joint, element: Element) -> float:
-        saved = {name: self.tensors[name].clone() for name in joint.parameters()}
+    def _deviations(self, joint: Joint, element: Element) -> tuple[float, float]:
+        """In eval mode, and in training mode where that is another function; 0 where it is not looked at."""
+        saved = {name: self.tensors[name].clone() for name in (*joint.parameters(), *joint.buffers())}
         try:
             Bucket((joint,)).move_(element, [(PARAMETER, self.tensors)])
-            deviation = relative_deviation(self.call(), self.before)
-            if self.drops_units and joint.group.form != "permutation":
-                deviation = max(deviation, relative_deviation(self._call_training(1), self.before_training))
-            return deviation
+            deviation, training = relative_deviation(self.call(), self.before), 0.0
+            masked = self.drops_units and joint.group.form == "permutation"
+            if (self.batch_statistics or self.drops_units) and not masked and not self.no_training:
+                training = relative_deviation(self._call_training(1), self.before_training)
+            return deviation, training
         finally:
             for name, value in saved.items():
                 self.tensors[name].copy_(value)

@@ -18,7 +18,8 @@ class View:
     `repeats` is head sharing (grouped queries), `power` k makes a diagonal s act as sᵏ (ReLU²: the consumer has k = 2),
     `shift` c makes the action fall on parameter + c (norm gains stored as 1 + w), `counts` says whether the tensor's
     gradient enters the joint's gradient covariance (embedding tables, heads and vectors do not).
-    With `head_axis` the heads lie along an axis of their own (experts of a 3-D tensor), `head_stride` entries apart.
+    With `head_axis` the heads lie along an axis of their own (experts of a 3-D tensor, groups of a convolution): head i
+    has the `head_size` entries from `head_start + i·head_stride` on.
     """
 
     parameter: str
@@ -34,6 +35,8 @@ class View:
     shift: float = 0.0
     counts: bool = True
     head_axis: int | None = None
+    head_start: int = 0
+    head_size: int = 1
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width < 1 or self.repeats < 1:
@@ -49,7 +52,7 @@ class View:
         if self.repeat_stride < 0:
             object.__setattr__(self, "repeat_stride", self.width)
         if self.head_stride < 0:
-            object.__setattr__(self, "head_stride", self.width * self.repeats if self.head_axis is None else 1)
+            object.__setattr__(self, "head_stride", self.width * self.repeats if self.head_axis is None else self.head_size)
 
     @property
     def extent(self) -> int:
@@ -84,15 +87,17 @@ def _layout(
             f"view of {view.parameter!r}: axis {axis} of shape {shape} has {shape[axis]} entries, but "
             f"{view.heads} heads of width {view.width} need {view.extent}; the joint's tensors disagree in size"
         )
-    unit, head_step, taken = stride[axis], view.head_stride * stride[axis], {axis}
+    unit, head_step, offset = stride[axis], view.head_stride * stride[axis], view.start * stride[axis]
     if view.head_axis is not None:
         if not 0 <= view.head_axis < len(shape) or view.head_axis == axis:
             raise ValueError(f"view of {view.parameter!r}: heads cannot lie on axis {view.head_axis} of shape {shape}")
-        if (view.heads - 1) * view.head_stride >= shape[view.head_axis]:
+        if view.head_start + (view.heads - 1) * view.head_stride + view.head_size > shape[view.head_axis]:
             raise ValueError(f"view of {view.parameter!r}: axis {view.head_axis} of shape {shape} has no {view.heads} heads")
         head_step = view.head_stride * stride[view.head_axis]
-        taken.add(view.head_axis)
-    others = [(a, shape[a], stride[a]) for a in range(len(shape)) if a not in taken]
+        offset += view.head_start * stride[view.head_axis]
+    others = [
+        (a, view.head_size if a == view.head_axis else shape[a], stride[a]) for a in range(len(shape)) if a != axis
+    ]
     repeats = (axis, view.repeats, view.repeat_stride * unit)
     merged = _merge([repeats, *others])
     if len(merged) > 2:  # where one unit spans the whole axis, the repeats join their neighbours
@@ -105,7 +110,7 @@ def _layout(
     merged = [(1, 1)] * (2 - len(merged)) + merged
     sizes = (view.heads, view.width, merged[0][0], merged[1][0])
     strides = (head_step, view.width_stride * unit, merged[0][1], merged[1][1])
-    return sizes, strides, view.start * unit
+    return sizes, strides, offset
 
 
 def _merge(columns: list[tuple[int, int, int]]) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ CHAINS = {
     "relu": (nn.ReLU(), "positive diagonal(6)", True),
     "leaky relu": (nn.LeakyReLU(0.1), "positive diagonal(6)", True),
     "one slope": (nn.PReLU(), "positive diagonal(6)", True),
-    "a slope per channel": (nn.PReLU(6, 0.3), "positive diagonal(6)", False),
+    "a slope per channel": (nn.PReLU(6, 0.3), "positive diagonal(6)", True),
     "tanh": (nn.Tanh(), None, True),
     "gelu": (nn.GELU(), None, True),
     "nothing": (nn.Identity(), "GL(6)", True),

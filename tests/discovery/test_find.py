@@ -132,16 +132,13 @@ class Odd(nn.Module):
         self.kernel = nn.Parameter(torch.randn(5, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.kernel
+        return x.sort(-1).values @ self.kernel
 
 
 def test_an_unknown_module_is_skipped_aloud() -> None:
     found = find_symmetries(nn.Sequential(nn.Linear(4, 5), Odd(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)))
-    assert reasons(found) == {
-        "0": "skipped: no builder knows its role",
-        "1": "skipped: no builder knows its role",
-    }
-    assert set(table(found)) == {"4.up-down", "4.neurons"}
+    assert reasons(found) == {"0": "skipped: no builder knows its role: operator sort has no rule"}
+    assert set(table(found)) == {"2.up-down", "4.up-down", "4.neurons"}
 
 
 @pytest.mark.parametrize(
@@ -153,14 +150,25 @@ def test_example_inputs_come_in_every_form(inputs: Any) -> None:
     assert table(find_symmetries(gpt(), inputs)) == PLAIN
 
 
-def test_without_proof_only_what_needs_none_is_taken() -> None:
+def test_without_proof_names_and_a_recorded_call_are_trusted() -> None:
     found = find_symmetries(gpt(mlp="swiglu", gains=True), verify=False)
-    assert {joint.kind for joint in found} <= {"value-output", "up-down", "neurons", "norm-readers"}
+    assert {joint.kind for joint in found} == {"value-output", "query-key", "up-down", "neurons", "norm-readers"}
     assert table(found)["mlp.up-down"] == "up-down, diagonal(12), 1, 12"
-    assert "call with verify=True" in reasons(found)["attention.query-key"]
+    assert table(found)["attention.query-key"] == "query-key, GL(4), 4, 64"
+    assert "call with verify=True" in reasons(found)["attention.heads"]
     assert "unproven" in found.explain()
-    assert "attention.query-key" not in table(found)
-    assert "mlp.up-down" not in table(find_symmetries(gpt(), verify=False))
+    turned = table(find_symmetries(gpt(positions="rotary"), verify=False))
+    assert "attention.query-key" not in turned
+
+
+def test_without_inputs_and_proof_only_names_are_trusted() -> None:
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.block = nn.Parameter(torch.ones(3)), gpt().blocks[0]
+
+    found = find_symmetries(Closed(), verify=False)
+    assert {joint.kind for joint in found} == {"value-output", "neurons"}
 
 
 def test_what_is_no_model_is_refused() -> None:

@@ -84,9 +84,12 @@ def experts_candidates(role: Role, views: Views) -> Iterator[Candidate]:
     assert isinstance(role, Experts)
     number, groups = role.experts, role.groups
     plain = tuple(replace(views.axis(tensor, 0, number), counts=False) for tensor in role.tensors)
+    trained = {views.names[id(tensor)] for tensor in role.tensors if isinstance(tensor, nn.Parameter)}
 
-    def candidate(part: str, heads: int, width: int, plus: tuple[View, ...]) -> Candidate:
-        joint = Joint(f"{role.name}.{part}", part, Permutation(width), heads, width, plus, ())
+    def candidate(part: str, heads: int, width: int, moved: tuple[View, ...]) -> Candidate:
+        plus = tuple(view for view in moved if view.parameter in trained)
+        carried = tuple(view for view in moved if view.parameter not in trained)
+        joint = Joint(join(role.name, part), part, Permutation(width), heads, width, plus, (), carried)
         return Candidate(joint.name, part, (joint,), "something else tells the experts apart")
 
     if groups == 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from teleport_fast.discovery.candidates import Candidate, Views, maker
-from teleport_fast.discovery.roles import HEADS, OUTPUT, Role, builder, count, find
+from teleport_fast.discovery.roles import HEADS, OUTPUT, Role, builder, count, find, join
 from teleport_fast.discovery.slots import Slot
 from teleport_fast.symmetry.diagonal_groups import Permutation
 from teleport_fast.symmetry.groups import GeneralLinear, Group, Rotary
@@ -65,7 +65,7 @@ def latent_candidates(role: Role, views: Views) -> Iterator[Candidate]:
     q, kv = plain + rotary, plain + value
 
     def joint(part: str, group: Group, count: int, plus: tuple[View, ...], minus: tuple[View, ...]) -> Joint:
-        return Joint(f"{role.name}.{part}", part, group, count, group.width, plus, minus)
+        return Joint(join(role.name, part), part, group, count, group.width, plus, minus)
 
     values = views.rows(replace(role.key_value, start=plain, head_stride=kv), heads, value)
     vo = joint("value-output", GeneralLinear(value), heads, values, views.columns(role.output, heads, value))
