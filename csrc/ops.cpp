@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cpu/blas.h"
 #include "cpu/isa.h"
 
 namespace teleport_fast {
@@ -45,6 +46,9 @@ STABLE_TORCH_LIBRARY(teleport_fast_cpp, m) {
   m.def(
       "rotate_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
       "Tensor[] left, Tensor[] right, int base, float step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
+  m.def(
+      "data_dependent_steps_(Tensor(a!) Z0, Tensor(b!)[] tail, Tensor gram, Tensor target, Tensor(c!) lead, Tensor(d!)[] Ts, "
+      "Tensor(e!) outputs, Tensor(f!) trace, float slope, float scale, float cap, float gram_limit, float square_limit) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CompositeExplicitAutograd, m) {
@@ -65,4 +69,6 @@ STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CPU, m) {
   m.impl("permutation_action_", TORCH_BOX(&teleport_fast::permutation_action_));
   m.impl("teleport_adamw_", TORCH_BOX(&teleport_fast::teleport_adamw_));
   m.impl("rotate_step_", TORCH_BOX(&teleport_fast::rotate_step_));
+  // Without an implementation of cpp's the op's other ones are chosen.
+  if (teleport_fast::blas_present()) m.impl("data_dependent_steps_", TORCH_BOX(&teleport_fast::data_dependent_steps_));
 }

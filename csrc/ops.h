@@ -50,4 +50,9 @@ torch::stable::Tensor activation_action_tangent(torch::stable::Tensor Z, torch::
 torch::stable::Tensor grad_norm_objective(
     std::vector<torch::stable::Tensor> plus, std::vector<torch::stable::Tensor> minus, torch::stable::Tensor g, int64_t joints);
 
+void data_dependent_steps_(
+    torch::stable::Tensor Z0, std::vector<torch::stable::Tensor> tail, torch::stable::Tensor gram, torch::stable::Tensor target,
+    torch::stable::Tensor lead, std::vector<torch::stable::Tensor> Ts, torch::stable::Tensor outputs, torch::stable::Tensor trace,
+    double slope, double scale, double cap, double gram_limit, double square_limit);
+
 }  // namespace teleport_fast

@@ -1,22 +1,34 @@
 """Teleportation along parameter symmetries for PyTorch: find them, move along them, train faster."""
 
-from teleport_fast import data_dependent, minima, objectives, ops
+import importlib
+import typing
+
+from teleport_fast import objectives, ops
+from teleport_fast.canonical import CanonicalReport, canonicalize
+from teleport_fast.conditions import First, OffEigenvector, Plateau, WorthItsTime
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
-from teleport_fast.minima import curvature, sharpness
 from teleport_fast.ops.backend import backends, set_backend
 from teleport_fast.optimizer import Teleport, attach
 from teleport_fast.schedule import At, Every, Once, Schedule, StepInfo, When
 from teleport_fast.symmetry import Joint, Symmetries, VerifyReport, View
 from teleport_fast.teleporter import Teleporter, TeleportRecord
 
+if typing.TYPE_CHECKING:
+    from teleport_fast import data_dependent, minima, optim, peers
+    from teleport_fast.minima import curvature, sharpness
+
 __version__ = "0.1.0"
 
 __all__ = [
     "At",
+    "CanonicalReport",
     "Every",
+    "First",
     "FoldedGains",
     "Joint",
+    "OffEigenvector",
     "Once",
+    "Plateau",
     "Schedule",
     "StepInfo",
     "Symmetries",
@@ -26,8 +38,10 @@ __all__ = [
     "VerifyReport",
     "View",
     "When",
+    "WorthItsTime",
     "attach",
     "backends",
+    "canonicalize",
     "curvature",
     "data_dependent",
     "find_symmetries",
@@ -35,6 +49,26 @@ __all__ = [
     "minima",
     "objectives",
     "ops",
+    "optim",
+    "peers",
     "set_backend",
     "sharpness",
 ]
+
+# The papers' part is a third of the import's time and most scripts never touch it, so it is loaded at its first use.
+_LAZY = {"data_dependent": None, "minima": None, "optim": None, "peers": None, "curvature": "minima", "sharpness": "minima"}
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = _LAZY[name]
+    value = importlib.import_module(f"{__name__}.{room or name}")
+    if room is not None:
+        value = getattr(value, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

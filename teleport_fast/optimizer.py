@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -16,6 +16,7 @@ from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.teleporter import Teleporter, TeleportRecord
 
+Engine = TypeVar("Engine", bound=Teleporter)
 FRAMES = ("stay", "return")
 _attached: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Teleporter]] = weakref.WeakKeyDictionary()
 
@@ -52,6 +53,35 @@ def attach(
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> teleporter = tf.attach(optimizer, tf.find_symmetries(model), objective="eigenbasis", schedule=tf.Every(3))
     """
+    return attach_as(
+        Teleporter,
+        optimizer,
+        symmetries,
+        objective,
+        schedule,
+        radius,
+        frame,
+        direction,
+        second_moments,
+        on_teleport,
+        seed,
+    )
+
+
+def attach_as(
+    engine: type[Engine],
+    optimizer: Optimizer,
+    symmetries: Symmetries,
+    objective: str | Objective = "grad_norm",
+    schedule: Schedule | None = None,
+    radius: float | None = None,
+    frame: str = "stay",
+    direction: str | None = None,
+    second_moments: str = "keep",
+    on_teleport: Callable[[TeleportRecord], object] | None = None,
+    seed: int = 0,
+) -> Engine:
+    """`attach` with an engine of another class than Teleporter."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass AdamW(...)")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -62,9 +92,7 @@ def attach(
             f"pass tf.find_symmetries(model), or tf.Symmetries(joints, model=model) for joints made by hand"
         )
     if isinstance(optimizer, Teleport):
-        return attach(
-            optimizer.base, symmetries, objective, schedule, radius, frame, direction, second_moments, on_teleport, seed
-        )
+        optimizer = optimizer.base
     chosen = make_objective(objective)
     direction = chosen.directions[0] if direction is None else direction
     if direction not in chosen.directions:
@@ -92,7 +120,7 @@ def attach(
     live = _attached.setdefault(optimizer, weakref.WeakSet())
     taken = {teleporter._counter for teleporter in live if teleporter._handles}
     counter = next(key for i in range(len(taken) + 1) if (key := f"teleport_step{i or ''}") not in taken)
-    teleporter = Teleporter(
+    teleporter = engine(
         optimizer, symmetries, chosen, schedule, radius, frame, direction == "descend", second_moments, counter, seed
     )
     if on_teleport is not None:

@@ -12,7 +12,8 @@ from teleport_fast.symmetry.symmetries import Symmetries
 
 
 class Plan:
-    """Holds names and positions, never tensors: parameters are looked up in `optimizer.param_groups` at every step.
+    """Holds names and positions, never tensors: parameters are looked up in `optimizer.param_groups` at every step, buffers on
+    the model.
 
     Errors: ValueError if no joint serves the objective, a joint names a parameter that the optimizer does not have, or
     a joint's tensors do not fit their views.
@@ -41,12 +42,17 @@ class Plan:
         self._names = {position: name for name, position in positions.items()}
         parameters = self.parameters(optimizer)
         for joint in joints:
-            joint.check_shapes(parameters)
+            joint.check_shapes({**symmetries.buffers(joint.buffers()), **parameters})
         self.buckets: list[Bucket] = buckets(joints)
+        self._buffers = symmetries.buffers
 
     def parameters(self, optimizer: Optimizer) -> dict[str, Tensor]:
         groups = optimizer.param_groups
         return {name: groups[group]["params"][index] for name, (group, index) in self.slots.items()}
+
+    def buffers(self, bucket: Bucket) -> dict[str, Tensor]:
+        """The buffers that the bucket's joints carry along, looked up on the model."""
+        return self._buffers(bucket.buffers())
 
     def gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """The gradients of all parameters, those of the joints under the names that the plan has for them."""

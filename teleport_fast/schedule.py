@@ -6,19 +6,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from teleport_fast.record import TeleportRecord
+
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a condition may look at: the number of steps taken so far, the optimizer, the gradient norm on demand."""
+    """What a condition may look at: the number of steps taken so far, the optimizer, on demand the gradient norm and the last record."""
 
     step: int
     optimizer: Optimizer
     gradient_norm: Callable[[], float]
+    last_teleport: Callable[[], TeleportRecord | None] = lambda: None
 
 
 class Schedule(ABC):
@@ -26,6 +29,15 @@ class Schedule(ABC):
 
     @abstractmethod
     def fires(self, info: StepInfo) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must carry, besides the step counter; {} for most."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from state_dict(); ValueError for a memory that this schedule does not have."""
+        if state:
+            raise ValueError(f"{self!r} has no memory, got {sorted(state)}; load it with the schedule that it was saved with")
 
 
 class At(Schedule):

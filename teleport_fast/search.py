@@ -69,9 +69,10 @@ def trust_region_ascent(
 def geometric_mean(gram_plus: Tensor, gram_minus: Tensor, ridge: float | None = None) -> Tensor:
     """log P of the minimiser of tr(P⁻¹S₊) + tr(P S₋), where P S₋ P = S₊; (heads, h, h) symmetric, float64.
 
-    With S₊ = K Kᵀ, S₋ = L Lᵀ and the SVD Kᵀ L = U Σ Vᵀ: P = L⁻ᵀ V Σ Vᵀ L⁻¹. Eigenvalues below `ridge`·trace/h are
-    raised to it, so that rank-deficient Grams give a finite answer; None is 1e-9, or 8 eps of a coarser dtype. A head
-    where one Gram is zero gets log P = 0. Source: own derivation, tests/test_search.py.
+    With the Cholesky factors S₊ = K Kᵀ, S₋ = L Lᵀ and the SVD Kᵀ L = U Σ Vᵀ: P = (L⁻ᵀ V) Σ (L⁻ᵀ V)ᵀ. A Gram with a pivot
+    below `ridge`·trace/h is given that much on its diagonal first, so that rank-deficient Grams give a finite answer; None
+    is 1e-9, or 8 eps of a coarser dtype. A head where one Gram is zero gets log P = 0.
+    Source: own derivation, tests/test_search.py.
     """
     if ridge is None:
         ridge = max(1e-9, 8 * torch.finfo(gram_plus.dtype).eps)
@@ -79,12 +80,15 @@ def geometric_mean(gram_plus: Tensor, gram_minus: Tensor, ridge: float | None = 
     size_plus, size_minus = _mean_eigenvalue(plus), _mean_eigenvalue(minus)
     usable = (size_plus > 0) & (size_minus > 0)
     eye = torch.eye(plus.shape[-1], dtype=plus.dtype, device=plus.device)
-    root_plus, vectors_plus = _roots(torch.where(usable, plus, eye), ridge * size_plus)
-    root_minus, vectors_minus = _roots(torch.where(usable, minus, eye), ridge * size_minus)
-    # square roots all the way: with a ridge in both Grams, their product's eigenvalues spread by ridge⁻², past float64
-    _, sigma, v_t = torch.linalg.svd((vectors_plus * root_plus).mT @ (vectors_minus * root_minus))
-    half, values, _ = torch.linalg.svd((vectors_minus / root_minus) @ v_t.mT * sigma.sqrt().unsqueeze(-2))
-    return torch.where(usable, (half * (2 * values.log()).unsqueeze(-2)) @ half.mT, 0.0)
+    factor_plus = _cholesky(torch.where(usable, plus, eye), ridge * size_plus)
+    factor_minus = _cholesky(torch.where(usable, minus, eye), ridge * size_minus)
+    # an SVD of the factors: with a ridge in both Grams, the eigenvalues of LᵀS₊L spread by ridge⁻², past float64
+    _, sigma, v_t = torch.linalg.svd(factor_plus.mT @ factor_minus)
+    half = torch.linalg.solve_triangular(factor_minus.mT, v_t.mT, upper=True) * sigma.sqrt().unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(half @ half.mT)
+    smallest = values[..., -1:] * torch.finfo(values.dtype).eps
+    log = values.maximum(smallest).log()
+    return torch.where(usable, (vectors * log.unsqueeze(-2)) @ vectors.mT, 0.0)
 
 
 def geodesic_descent(group: Group, gram_plus: Tensor, gram_minus: Tensor, radius: float) -> tuple[Element, Tensor]:
@@ -133,10 +137,13 @@ def _log_sinh(x: float) -> float:
     return x + math.log(-math.expm1(-2 * x) / 2)
 
 
-def _roots(gram: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Square roots of the eigenvalues, floored, as rows (heads, 1, h), and the eigenvectors."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values.unsqueeze(-2).maximum(floor).sqrt(), vectors
+def _cholesky(gram: Tensor, ridge: Tensor) -> Tensor:
+    """The lower Cholesky factor; where a pivot lies below `ridge`, that of gram + ridge·I. Never reads back to the host."""
+    plain, failed = torch.linalg.cholesky_ex(gram)
+    pivots = plain.diagonal(dim1=-2, dim2=-1).square().amin(-1)[..., None, None]
+    thin = (failed[..., None, None] != 0) | ~(pivots > ridge)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.linalg.cholesky_ex(torch.where(thin, gram + ridge * eye, gram))[0]
 
 
 def _mean_eigenvalue(gram: Tensor) -> Tensor:

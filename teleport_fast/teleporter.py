@@ -88,6 +88,9 @@ class Teleporter:
         """One record per teleport, oldest first."""
         return [pending.read() for pending in self._history]
 
+    def _last_record(self) -> TeleportRecord | None:
+        return self._history[-1].read() if self._history else None
+
     def detach(self) -> None:
         """Leave the optimizer as it was before `attach`; weights stay where they are. Calling it twice does nothing."""
         optimizer = self._optimizer()
@@ -99,12 +102,18 @@ class Teleporter:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The objective's tensors and the basis that the return frame holds; the step counter is in the optimizer's."""
+        """The objective's tensors, the basis that the return frame holds, and the schedule's memory where it has one.
+
+        The step counter is in the optimizer's.
+        """
         held = {str(i): (e.form, e.g.clone(), e.g_inverse_t) for i, e in self._held.items()}
-        return {"objective": self.objective.state_dict(), "held": held}
+        memory = self.schedule.state_dict()
+        return {"objective": self.objective.state_dict(), "held": held, **({"schedule": memory} if memory else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state["objective"])
+        if "schedule" in state:
+            self.schedule.load_state_dict(state["schedule"])
         self._held = {int(i): Element(*parts) for i, parts in state["held"].items()}
         self._away = []
 
@@ -139,7 +148,7 @@ class Teleporter:
             missing = next(name for name in parameters if name not in gradients)
             self._warn(f"parameter {missing!r} has no gradient: joints that need it are not teleported")
         norm = cache(lambda: float(_total_norm(everything)))
-        fires = self.schedule.fires(StepInfo(self.step_count, self.optimizer, norm))
+        fires = self.schedule.fires(StepInfo(self.step_count, self.optimizer, norm, self._last_record))
         # before anything turns: a turn would spread a non-finite entry over its column
         if fires and not math.isfinite(norm()) and self._skip_step(everything):
             return
@@ -216,7 +225,8 @@ class Teleporter:
         states = state_sources(self.optimizer, parameters)
         for _, bucket, element in moves:
             moving = [source for source in states if source[0] != NORMALISED]
-            bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving])
+            carried = [(PARAMETER, buffers)] if (buffers := self.plan.buffers(bucket)) else []
+            bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
             normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
             if normalised:
                 signs = Element("diagonal", element.g.sign())

@@ -135,6 +135,16 @@ def test_every_public_name_exists_and_is_documented() -> None:
     assert public - modules <= set(tf.__all__)
 
 
+def test_the_papers_part_is_loaded_at_its_first_use() -> None:
+    script = (
+        "import sys, teleport_fast as tf; assert 'teleport_fast.minima' not in sys.modules; "
+        "assert 'sharpness' in dir(tf); tf.sharpness; assert 'teleport_fast.minima' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = tf.no_such_name
+
+
 SCRIPT = """
 import json, sys, time, torch
 before, start = set(sys.modules), time.process_time()
@@ -144,11 +154,14 @@ print(json.dumps([time.process_time() - start, sorted({name.split(".")[0] for na
 
 
 def test_importing_on_top_of_torch_is_quick_and_brings_nothing_optional() -> None:
-    """0.3 s of processor time, which a busy machine does not lengthen; only the standard library and torch may come."""
+    """0.3 s of processor time, the least of four runs: the first compiles, and a busy core slows any of them."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    output = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=environment, timeout=120
-    )
-    seconds, arrived = json.loads(output.stdout)
-    assert seconds < 0.3
+    runs = []
+    for _ in range(4):
+        output = subprocess.run(
+            [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, env=environment, timeout=120
+        )
+        seconds, arrived = json.loads(output.stdout)
+        runs.append(seconds)
+    assert min(runs) < 0.3, runs
     assert {name for name in arrived if name not in sys.stdlib_module_names} <= {"teleport_fast", "torch"}

@@ -55,11 +55,18 @@ NOINLINE bool invert(T* a, int64_t h, int64_t ld, int64_t* pivots) {
 template <class T>
 NOINLINE double weigh(const T* W, const T* gram, T* product, int64_t h, int64_t ld) {
   multiply<T>(W, gram, nullptr, 0.0, product, {h, ld, false});
-  double sum = 0;
+  // Compensated over rows: float64 has no wider type to add up h·lanes numbers in, and torch's own sum is pairwise.
+  double sum = 0, lost = 0;
   for (int64_t i = 0; i < h; ++i) {
     Vec<T> row = {};
     for (int64_t j = 0; j < h; j += kLanes<T>) row = fma<T>(load(W + i * ld + j), load(product + i * ld + j), row);
-    for (int lane = 0; lane < kLanes<T>; ++lane) sum += double(row[lane]);
+    double lanes[kLanes<T>];
+    for (int lane = 0; lane < kLanes<T>; ++lane) lanes[lane] = double(row[lane]);
+    for (int half = kLanes<T> / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    const double term = lanes[0] - lost, next = sum + term;
+    lost = (next - sum) - term;
+    sum = next;
   }
   return sum;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from teleport_fast.data_dependent import reference
 from teleport_fast.data_dependent.activation import Activation, leaky_relu
-from teleport_fast.data_dependent.ascent import Path, ascend_with_search, identity_plus
+from teleport_fast.data_dependent.ascent import Arrival, Path, ascend_with_search, identity_plus
 from teleport_fast.data_dependent.checks import check_elements, check_network, check_teleport
 from teleport_fast.data_dependent.losses import LossFunction, output_loss
 from teleport_fast.data_dependent.moves import Frame, joint_factors, lie_gradient, move
 from teleport_fast.data_dependent.network import Network, backward, hessian_product, with_ones
-from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse, factor
+from teleport_fast.data_dependent.pseudo_inverse import factor
 from teleport_fast.data_dependent.published_loop import published_v_exact
 from teleport_fast.data_dependent.report import MoveReport, RoundOffWarning, StepRecord, Teleported, TeleportReport
 from teleport_fast.data_dependent.sequential import read_sequential, write_sequential
@@ -74,6 +75,12 @@ class MLPAction:
         """Copies moved weights into the Sequential that they came from, biases included."""
         write_sequential(model, weights)
 
+    def at(self, weights: Sequence[Tensor]) -> MLPAction:
+        """The same action, batch and options at other weights of the same shapes."""
+        moved = copy.copy(self)
+        moved.weights, moved.report = [weight.detach() for weight in weights], None
+        return moved
+
     @property
     def widths(self) -> list[int]:
         """The hidden widths: g_m is (widths[m], widths[m])."""
@@ -104,15 +111,34 @@ class MLPAction:
             inverses = [torch.linalg.inv(g) if inverse == "exact" else identity_plus(identity_plus(-g)) for g in gs]
         stale = [h for h in net.inputs[1:] if h is not None] if self.hidden == "stale" else None
         moved = move(net, gs, inverses, frame, stale)
-        weights = self._weights(moved.net, moved.lead)
+        weights = self._weights(moved.net.Z0, moved.net.tail, moved.lead)
         faithful = self.hidden == "recomputed" and (self.form == "v_exact" or inverse == "exact")
-        self.report = self._report(weights, moved.factors, faithful, loss_fn)
+        ranks, kinds = tuple(f.rank for f in moved.factors), tuple(f.kind for f in moved.factors)
+        self.report = self._report(weights, ranks, kinds, faithful, loss_fn)
         self.report.warn()
         return weights
 
     def apply_exp(self, Ms: Sequence[Tensor], t: float = 1.0, loss_fn: LossFunction | None = None) -> list[Tensor]:
         """apply with g = exp(t M)."""
         return self.apply([torch.linalg.matrix_exp(t * M) for M in Ms], loss_fn)
+
+    def random_teleport(
+        self, radius: float = 0.5, generator: torch.Generator | None = None, loss_fn: LossFunction | None = None
+    ) -> list[Tensor]:
+        """apply with g = exp(M), M of every joint uniform on ‖M‖_F = radius; how exact it was stands in `report`.
+
+        The published code draws I + T with T of positive entries only, so that all its moves point one way. ValueError for a
+        radius that is not positive and finite.
+
+        >>> action = MLPAction([torch.randn(4, 5).double(), torch.randn(2, 4).double()], torch.randn(5, 3).double())
+        >>> moved = action.random_teleport(0.5, torch.Generator().manual_seed(0))
+        >>> action.report.exact, action.report.output_change < 1e-12
+        (True, True)
+        """
+        if not (radius > 0 and math.isfinite(radius)):
+            raise ValueError(f"radius must be positive and finite, got {radius}; 0.5 changes scales by at most a factor of e^0.5")
+        draws = [torch.randn(k, k, generator=generator, dtype=self.X.dtype, device=self.X.device) for k in self.widths]
+        return self.apply_exp([M * (radius / torch.linalg.vector_norm(M)) for M in draws], 1.0, loss_fn)
 
     def apply_first_order(self, Ts: Sequence[Tensor], loss_fn: LossFunction | None = None) -> list[Tensor]:
         """apply with g = I + T; U-exact with I − T as its inverse, as published and not exact."""
@@ -160,20 +186,30 @@ class MLPAction:
         code = check_teleport(self, steps, lr, cap, radius, group, parity, PUBLISHED)
         loss, sign = output_loss(loss_fn), 1 if ascend else -1
         if code in ("neurips22", "l2t"):
-            return self._published(loss_fn, code, steps, lr, cap, ascend)
+            return self._published(loss_fn, code, steps, lr, cap, ascend, recheck, recheck_factor)
         net = self._network()
         if code:
-            path = published_v_exact(net, loss, steps, lr, cap, sign)
-            if not path.full_rank:
-                return self._published(loss_fn, code, steps, lr, cap, ascend)
+            end = published_v_exact(net, loss, steps, lr, cap, sign)
+            if not end.full_rank:
+                return self._published(loss_fn, code, steps, lr, cap, ascend, recheck, recheck_factor)
         else:
-            path = ascend_with_search(net, self._shared(), loss, steps, lr, cap, sign, group, radius)
-        before = path.steps[0].objective if path.steps else path.back.J
-        weights = self._weights(path.net, path.lead) if any(step.T for step in path.steps) else self.weights
-        return self._teleported(weights, path, loss_fn, before, not code, recheck, recheck_factor, net.outputs)
+            end = ascend_with_search(net, self._shared(), loss, steps, lr, cap, sign, group, radius).arrival()
+        before = end.steps[0].objective if end.steps else end.objective
+        weights = self._weights(end.Z0, end.tail, end.lead) if any(step.T for step in end.steps) else self.weights
+        return self._teleported(
+            weights, end, loss_fn, before, not code, recheck, recheck_factor, net.outputs, "published" if code else group
+        )
 
     def _published(
-        self, loss_fn: LossFunction, code: str, steps: int, lr: float, cap: float, ascend: bool
+        self,
+        loss_fn: LossFunction,
+        code: str,
+        steps: int,
+        lr: float,
+        cap: float,
+        ascend: bool,
+        recheck: Callable[[Sequence[Tensor]], Tensor | float] | None,
+        recheck_factor: float,
     ) -> Teleported:
         records: list[StepRecord] = []
         weights, stopped = reference.published_teleport(
@@ -182,34 +218,35 @@ class MLPAction:
         )
         end = MLPAction(weights, self.X, form=self.form, activation=self.activation)._network()
         path = Path(end, backward(end, output_loss(loss_fn)), joint_factors(end, self._shared()), None, records, stopped)
-        return self._teleported(weights, path, loss_fn, records[0].objective, False, None, math.inf)
+        return self._teleported(weights, path.arrival(), loss_fn, records[0].objective, False, recheck, recheck_factor)
 
     def _teleported(
         self,
         weights: list[Tensor],
-        path: Path,
+        end: Arrival,
         loss_fn: LossFunction,
         before: float,
         faithful: bool,
         recheck: Callable[[Sequence[Tensor]], Tensor | float] | None,
         recheck_factor: float,
         old: Tensor | None = None,
+        group: str = "published",
     ) -> Teleported:
         checks = (None, None) if recheck is None else (float(recheck(self.weights)), float(recheck(weights)))
         undone = checks[0] is not None and checks[1] is not None and not checks[1] <= recheck_factor * checks[0]
         # V-exact's Z₀ is the first weight's factor times VX: the steps' outputs are the new weights' to rounding.
-        new = path.net.outputs if self.form == "v_exact" else None
-        base = self._report(weights, path.factors, faithful, loss_fn, old, new)
+        new = end.outputs if self.form == "v_exact" else None
+        base = self._report(weights, end.ranks, end.factorisations, faithful, loss_fn, old, new)
         eps = torch.finfo(self.X.dtype).eps
         pairs = list(zip(weights, self.weights, strict=True))
         # A few eps of every entry is what the products alone leave behind: below it nothing was teleported.
         # The last layers are the small ones, and one that moved settles it.
         still = not any(_relative(new, old) > 16 * eps for new, old in reversed(pairs))
-        idle = bool(path.steps) and (still or abs(path.back.J - before) <= 16 * eps * abs(before))
+        idle = bool(end.steps) and (still or abs(end.objective - before) <= 16 * eps * abs(before))
         report = TeleportReport(
-            **vars(base), objective_before=before, objective_after=path.back.J, steps=path.steps, at_round_off=idle,
-            stopped="undone: the recheck's loss rose from {:.6g} to {:.6g}".format(*checks) if undone else path.stopped,
-            recheck_before=checks[0], recheck_after=checks[1], undone=undone,
+            **vars(base), objective_before=before, objective_after=end.objective, steps=end.steps, at_round_off=idle,
+            stopped="undone: the recheck's loss rose from {:.6g} to {:.6g}".format(*checks) if undone else end.stopped,
+            recheck_before=checks[0], recheck_after=checks[1], undone=undone, group=group,
         )
         self.report = report
         report.warn(4)
@@ -217,7 +254,7 @@ class MLPAction:
             warnings.warn(
                 f"the teleport is at {self.X.dtype}'s round-off: weights moved by "
                 f"{max(_relative(new, old) for new, old in pairs):.1e}, the objective by "
-                f"{abs(path.back.J - before) / max(abs(before), 1e-300):.1e} of itself; raise lr or use float64",
+                f"{abs(end.objective - before) / max(abs(before), 1e-300):.1e} of itself; raise lr or use float64",
                 RoundOffWarning, stacklevel=3,
             )
         return Teleported(self.weights if undone else weights, report)
@@ -225,7 +262,8 @@ class MLPAction:
     def _report(
         self,
         weights: list[Tensor],
-        factors: list[PseudoInverse],
+        ranks: tuple[int, ...],
+        factorisations: tuple[str, ...],
         faithful: bool,
         loss_fn: LossFunction | None,
         old: Tensor | None = None,
@@ -233,9 +271,9 @@ class MLPAction:
     ) -> MoveReport:
         old, new = self.outputs() if old is None else old, self.outputs(weights) if new is None else new
         losses = (None, None) if loss_fn is None else (float(loss_fn(old)), float(loss_fn(new)))
-        batch, ranks = self.X.shape[1], tuple(inverse.rank for inverse in factors)
+        batch = self.X.shape[1]
         exact = faithful and all(rank == batch for rank in ranks)
-        return MoveReport(exact, batch, ranks, tuple(f.kind for f in factors), _relative(new, old), *losses)
+        return MoveReport(exact, batch, ranks, factorisations, _relative(new, old), *losses)
 
     def _shared(self) -> Frame:
         if self._frame is None:
@@ -251,15 +289,22 @@ class MLPAction:
     def _network(self) -> Network:
         return Network(self.weights[0] @ self._X, self.weights[1:], self._batch_gram(), self.activation, self.bias)
 
-    def _weights(self, net: Network, lead: Tensor | None) -> list[Tensor]:
+    def _weights(self, Z0: Tensor, tail: list[Tensor], lead: Tensor | None) -> list[Tensor]:
         first = self.weights[0]
         if self.form == "v_exact":
-            return [first if lead is None else lead @ first, *net.tail]
+            return [first if lead is None else lead @ first, *tail]
         inverse = self._shared().X_inverse
         assert inverse is not None
         if self.keep_null_space:
-            return [first + inverse.right(net.Z0 - first @ self._X), *net.tail]
-        return [inverse.right(net.Z0), *net.tail]
+            return [first + inverse.right(Z0 - first @ self._X), *tail]
+        return [inverse.right(Z0), *tail]
+
+
+def at(action: MLPAction, weights: Sequence[Tensor]) -> MLPAction:
+    """The same action at other weights of the same shapes: what depends on X alone is shared."""
+    moved = copy.copy(action)
+    moved.weights, moved.report = list(weights), None
+    return moved
 
 
 def _relative(new: Tensor, old: Tensor) -> float:

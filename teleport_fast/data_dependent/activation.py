@@ -16,6 +16,8 @@ Pointwise = Callable[[Tensor], Tensor]
 class Activation:
     """σ, σ⁻¹, σ', σ'' (None: σ'' is 0 almost everywhere), each a Tensor -> Tensor of equal shape; ValueError unless invertible.
 
+    `slope`: LeakyReLU's, None for all others.
+
     >>> leaky_relu(0.1).inverse(torch.tensor([-0.1, 2.0]))
     tensor([-1.,  2.])
     """
@@ -26,6 +28,7 @@ class Activation:
     derivative: Pointwise
     second_derivative: Pointwise | None = None
     fused_pull: Callable[[Tensor, Tensor], Tensor] | None = None
+    slope: float | None = None
 
     def pull(self, G: Tensor, Z: Tensor) -> Tensor:
         """G ⊙ σ'(Z), in one call where the activation has one.
@@ -75,6 +78,7 @@ def _leaky_relu(slope: float) -> Activation:
         lambda z: nn.functional.leaky_relu(z, 1 / slope),
         lambda z: backward(torch.ones_like(z), z, slope, False),
         fused_pull=lambda G, z: backward(G, z, slope, False),
+        slope=slope,
     )
 
 

@@ -19,6 +19,22 @@ HALVINGS = 30
 LOSS_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """The end of a path: V₀ on the batch, the weights after the first, Y, J, and how the σ(Z) (V-exact) or h (U-exact) were factored."""
+
+    Z0: Tensor
+    tail: list[Tensor]
+    outputs: Tensor
+    objective: float
+    ranks: tuple[int, ...]
+    factorisations: tuple[str, ...]
+    lead: Tensor | None
+    steps: list[StepRecord]
+    stopped: str
+    full_rank: bool = True
+
+
 @dataclass
 class Path:
     """Where the steps ended: the network, its gradients, the product of V-exact's factors of the first weight, and the records."""
@@ -30,6 +46,13 @@ class Path:
     steps: list[StepRecord]
     stopped: str
     full_rank: bool = True
+
+    def arrival(self) -> Arrival:
+        """What a teleport asks of it at the end."""
+        ranks = tuple(inverse.rank for inverse in self.factors)
+        kinds = tuple(inverse.kind for inverse in self.factors)
+        net = self.net
+        return Arrival(net.Z0, net.tail, net.outputs, self.back.J, ranks, kinds, self.lead, self.steps, self.stopped, self.full_rank)
 
     def append(self, moved: Moved, back: Backward, record: StepRecord) -> None:
         self.net, self.back, self.factors = moved.net, back, moved.factors

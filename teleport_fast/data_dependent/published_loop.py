@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teleport_fast.data_dependent.ascent import Path
+from teleport_fast.data_dependent.ascent import Arrival, Path
 from teleport_fast.data_dependent.deferred import Factors, RightInverse, full_rank_factor
+from teleport_fast.data_dependent.fused_loop import fused_v_exact
 from teleport_fast.data_dependent.losses import OutputLoss
 from teleport_fast.data_dependent.network import Backward, Network, backward, hessian_product, pulled_back
 from teleport_fast.data_dependent.pseudo_inverse import factor
@@ -33,18 +34,21 @@ class Stale:
         return Stale(self.h, g if self.lead is None else torch.mm(g, self.lead))
 
 
-def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int) -> Path:
+def published_v_exact(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int) -> Arrival:
     """The published V-exact loop: fixed lr, no kept null space, stale inputs h ← (I + T)h; no biases.
 
     Right where σ(Z) has full row rank; `full_rank` False says that it was not, and nothing after that step can be used.
     """
+    fused = fused_v_exact(net, loss, steps, lr, cap, sign)
+    if fused is not None:
+        return fused
     deferred = all(h.shape[0] < h.shape[1] and factor(h).kind == "cholesky" for h in net.hidden)
     if deferred:
         factors = Factors(deferred=True)
         path = _steps(net, loss, steps, lr, cap, sign, factors)
         if factors.sound():
-            return path
-    return _steps(net, loss, steps, lr, cap, sign, Factors(deferred=False))
+            return path.arrival()
+    return _steps(net, loss, steps, lr, cap, sign, Factors(deferred=False)).arrival()
 
 
 def _steps(net: Network, loss: OutputLoss, steps: int, lr: float, cap: float, sign: int, factors: Factors) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -58,7 +59,10 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class TeleportReport(MoveReport):
-    """MoveReport of a whole teleport; `stopped`: why it ended; `undone`: the recheck refused it, the weights are the old ones."""
+    """MoveReport of a whole teleport; `stopped`: why it ended; `undone`: the recheck refused it, the weights are the old ones.
+
+    `group` is "exp" or "linear" for steps exp(T) or I + T, "published" for a published loop.
+    """
 
     objective_before: float = 0.0
     objective_after: float = 0.0
@@ -68,6 +72,16 @@ class TeleportReport(MoveReport):
     recheck_before: float | None = None
     recheck_after: float | None = None
     undone: bool = False
+    group: str = "exp"
+
+    def elements(self) -> list[list[Tensor]]:
+        """g of each step that moved, by joint; ValueError for a published loop, whose steps are none of a group."""
+        if self.group == "published":
+            raise ValueError("a published loop's steps (parity) are no group elements, so nothing can be carried; reset the state")
+        moving = [step.T for step in self.steps if step.T]
+        if self.group == "exp":
+            return [[torch.linalg.matrix_exp(T) for T in Ts] for Ts in moving]
+        return [[T + torch.eye(len(T), dtype=T.dtype, device=T.device) for T in Ts] for Ts in moving]
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from teleport_fast.discovery.candidates import (
-    Candidate,
-    Views,
-    attention_candidates,
-    mlp_candidates,
-    norm_candidate,
-)
+from teleport_fast.discovery.candidates import Candidate, Views, candidates
+from teleport_fast.discovery.flow import Flow
+from teleport_fast.discovery.gains import is_norm
 from teleport_fast.discovery.inputs import guess_inputs
-from teleport_fast.discovery.residual import frozen, is_norm, residual_candidate, stream_width
-from teleport_fast.discovery.roles import Attention, Mlp, Slot, Unusable, canonical_names, roles
+from teleport_fast.discovery.norms import norm_proposals
+from teleport_fast.discovery.residual import residual_candidate, stream_width, streams
+from teleport_fast.discovery.roles import Role, Unusable, canonical_names, roles
+from teleport_fast.discovery.trace.assemble import candidates as traced
+from teleport_fast.discovery.trace.propose import beyond, entries, reasons, record_model, record_on_meta
+from teleport_fast.discovery.trace.tape import Tape
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Finding, Symmetries, named_tensors
 from teleport_fast.symmetry.verify import CONTROL_FLOOR, Prover
 
 TOLERANCE = 1e-10
+# Kinds whose single alternative holds wherever the names mean what they say; the others are known only by proof.
+TRUSTED = ("value-output", "up-down", "neurons", "norm-readers")
 
 
 def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool = True) -> Symmetries:
@@ -29,82 +32,134 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
     example_inputs: what the model is called with, a tensor, a tuple of positional arguments or a dict of keywords; None
     guesses (2, t) token ids or (4, features) noise. With `verify` every proposed joint is moved by a random element on
     a perturbed float64 deep copy in eval mode: the outputs may deviate by 1e-10 at most, and must deviate by more than
-    1e-3 under a wrong element. Without it the first alternative that needs no proof is taken on trust: only
-    value-output, neurons and norm-readers joints, and the diagonal of gated MLPs.
+    1e-3 under a wrong element; the model's own casts to float32 are widened for it. Without it joints are taken on trust:
+    value-output, neurons and norm-readers joints and the diagonal of gated MLPs by their layers' names, others where a
+    call recorded on `meta` shows every operator between those who write a hidden space and those who read it.
+    Modules that no builder knows by name are understood from such a recorded call.
     Errors: ValueError when inputs cannot be guessed or the model has no parameters; TypeError when it is no Module.
     Source: own derivation (math.md section 2); proofs in tests/discovery/test_find.py.
 
     >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
     >>> symmetries = find_symmetries(GPT(GPTConfig(d_model=16, layers=1, heads=2)))
     >>> [joint.name for joint in symmetries]  # doctest: +NORMALIZE_WHITESPACE
-    ['blocks.0.attention.value-output', 'blocks.0.attention.query-key', 'blocks.0.mlp.up-down',
-     'blocks.0.mlp.neurons', 'residual']
+    ['blocks.0.attention.value-output', 'blocks.0.attention.query-key', 'blocks.0.attention.heads',
+     'blocks.0.mlp.up-down', 'blocks.0.mlp.neurons', 'residual']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the module itself")
     tensors = named_tensors(model)
     if not tensors:
         raise ValueError("model has no parameters, so it has no symmetries; pass a model with parameters")
-    proposals, findings = _propose(model)
     prover = None
     if verify:
         prover = Prover(model, guess_inputs(model) if example_inputs is None else example_inputs)
+    proposals, findings = _propose(model, prover)
     joints: list[Joint] = []
+
+    def decide(candidate: Candidate) -> None:
+        for joint, finding in _decide(candidate, tensors, prover):
+            findings[:] = [f for f in findings if f.name != finding.name or f.status == "found"]
+            findings.append(finding)
+            if joint is not None:
+                joints.append(joint)
+
     for candidate in proposals:
-        joint, finding = _decide(candidate, tensors, prover)
-        findings.append(finding)
-        if joint is not None:
-            joints.append(joint)
-    findings += _skipped(model, proposals, findings)
+        decide(candidate)
+    left_over = _skipped(model, proposals, findings, {})
+    orders = {c.name for c in proposals if any(joint.group.form == "permutation" for joint in c.alternatives)}
+    refuted = any(finding.name in orders and finding.status == "rejected" for finding in findings)
+    if left_over or refuted or _open_space(model, joints):
+        tape = _tape(model, example_inputs, prover)
+        seen = [] if tape is None else list(traced(tape))
+        if prover is None and tape is not None:
+            joints[:] = _confirmed(joints, seen, findings)
+        more = beyond(seen, joints)
+        for candidate in more:
+            decide(candidate)
+        left_over = _skipped(model, [*proposals, *more], findings, {} if tape is None else reasons(tape))
+    findings += left_over
+    if prover is not None and prover.casts:
+        reason = f"its forward casts to float32 {prover.casts} times, proven with these in float64"
+        findings.append(Finding("model", "float32", "noted", reason))
     return Symmetries(tuple(joints), tuple(findings), model)
 
 
-def _propose(model: nn.Module) -> tuple[list[Candidate], list[Finding]]:
-    views = Views(canonical_names(model))
+def _propose(model: nn.Module, prover: Prover | None) -> tuple[list[Candidate], list[Finding]]:
+    """Candidates of every role, then of the norms, then of the residual streams; roles that cannot serve."""
+    watched = model if prover is None else prover.model
+    views = Views(canonical_names(watched))
+    flow = None if prover is None else Flow(watched, prover.call)
     proposals: list[Candidate] = []
     findings: list[Finding] = []
-    found: list[Attention | Mlp] = []
-    for role in roles(model):
+    found: list[Role] = []
+    for role in roles(watched):
         if isinstance(role, Unusable):
             findings.append(Finding(role.name, "attention", "rejected", role.reason))
             continue
         found.append(role)
-        proposals += attention_candidates(role, views) if isinstance(role, Attention) else mlp_candidates(role, views)
+        proposals += candidates(role, views)
+    proposals += norm_proposals(watched, found, views, flow)
     width = stream_width(found)
-    if width is None:
+    if flow is None:
+        if width is not None:
+            findings.append(Finding("residual", "residual", "rejected", "known only by proof; call with verify=True"))
         return proposals, findings
-    proposals += _norm_proposals(model, found, views, width)
-    residual, reason = residual_candidate(model, found, views, width)
-    if residual is None:
+    before = len(proposals)
+    proposals += [residual_candidate(*stream) for stream in streams(watched, found, views, flow)]
+    if len(proposals) == before and width is not None:
+        reason = f"no stream of width {width}: nothing writes one outside a chain"
         findings.append(Finding("residual", "residual", "rejected", reason))
-    else:
-        proposals.append(residual)
     return proposals, findings
 
 
-def _norm_proposals(model: nn.Module, found: list[Attention | Mlp], views: Views, width: int) -> list[Candidate]:
-    """Norms of a block before the roles of that block, in order; one elsewhere before linear layers without a role."""
-    claimed = {id(p) for role in found for slot in role.reads() for p in slot.module.parameters()}
-    claimed |= {id(p) for r in found for p in (r.output if isinstance(r, Attention) else r.down).module.parameters()}
-    heads = [
-        (name, [Slot(name, module, 0, module.out_features)])
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.in_features == width and id(module.weight) not in claimed
-    ]
-    proposals = []
-    for parent_name, parent in model.named_modules():
-        norms = [(n, m) for n, m in parent.named_children() if is_norm(m)]
-        prefix = f"{parent_name}." if parent_name else ""
-        inside = [(role.name, role.reads()) for role in found if role.name.startswith(prefix)] if prefix else heads
-        for index, (child, norm) in enumerate(norms):
-            likeliest_first = inside[index : index + 1] + inside[:index] + inside[index + 1 :]
-            candidate = norm_candidate(prefix + child, norm, likeliest_first, views, width)
-            if candidate is not None:
-                proposals.append(candidate)
-    return proposals
+def _open_space(model: nn.Module, joints: list[Joint]) -> bool:
+    """Whether rows of one matrix and columns of another, as many, or a lone vector, are in no joint of a block."""
+    moved = {(view.parameter, view.axis) for joint in joints for view in joint.views()}
+    within = {name for joint in joints if not joint.kind.startswith("residual") for name in joint.parameters()}
+    rows, columns, lone = set(), set(), False
+    names = {name for name, module in model.named_modules() if is_norm(module)}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            rows |= {parameter.shape[0]} if (name, 0) not in moved else set()
+            columns |= {parameter.shape[1]} if (name, 1) not in moved else set()
+        elif name.rpartition(".")[2] not in ("weight", "bias") and name.rpartition(".")[0] not in names:
+            lone |= name not in within
+    return lone or bool(rows & columns)
 
 
-def _decide(candidate: Candidate, tensors: dict[str, Tensor], prover: Prover | None) -> tuple[Joint | None, Finding]:
+def _tape(model: nn.Module, example_inputs: Any, prover: Prover | None) -> Tape | None:
+    """What a call of the model does, for modules that no builder knows; None where nobody says how to call it."""
+    if prover is not None:
+        return record_model(prover.model, prover.call)
+    try:
+        return record_on_meta(model, guess_inputs(model) if example_inputs is None else example_inputs)
+    except (ValueError, RuntimeError, NotImplementedError):  # no inputs, or a forward that needs numbers
+        return None
+
+
+def _confirmed(joints: list[Joint], seen: list[Candidate], findings: list[Finding]) -> list[Joint]:
+    """Of the joints taken on trust, norm gains read what the recorded call shows; the others are rejected."""
+    shown = [entries(joint) for candidate in seen for joint in candidate.alternatives]
+    wrong = {joint.name for joint in joints if joint.kind == "norm-readers" and entries(joint) not in shown}
+    for i, finding in enumerate(findings):
+        if finding.name in wrong:
+            findings[i] = Finding(finding.name, finding.kind, "rejected", "other layers than these read this norm")
+    return [joint for joint in joints if joint.name not in wrong]
+
+
+def _decide(
+    candidate: Candidate, tensors: dict[str, Tensor], prover: Prover | None
+) -> Iterator[tuple[Joint | None, Finding]]:
+    joint, finding = _first_that_holds(candidate, tensors, prover)
+    yield joint, finding
+    if joint is None and "is frozen" not in finding.reason:
+        for smaller in candidate.fallback:
+            yield from _decide(smaller, tensors, prover)
+
+
+def _first_that_holds(
+    candidate: Candidate, tensors: dict[str, Tensor], prover: Prover | None
+) -> tuple[Joint | None, Finding]:
     def rejected(reason: str, deviation: float | None = None) -> tuple[None, Finding]:
         return None, Finding(candidate.name, candidate.kind, "rejected", reason, deviation)
 
@@ -115,18 +170,25 @@ def _decide(candidate: Candidate, tensors: dict[str, Tensor], prover: Prover | N
         return rejected(f"{stuck[0]!r} is frozen (requires_grad=False), a move would change it")
     if prover is None:
         joint = candidate.alternatives[0]
-        if len(candidate.alternatives) > 1:
+        if not candidate.known and (len(candidate.alternatives) > 1 or candidate.kind not in TRUSTED):
             return rejected("which group acts here is known only by proof; call with verify=True")
         return joint, Finding(joint.name, joint.kind, "found")
     smallest = float("inf")
     for joint in candidate.alternatives:
+        try:
+            joint.check_shapes(prover.tensors)
+        except ValueError as error:
+            return rejected(str(error))
         proof = prover.prove(joint, TOLERANCE)
         if proof.ok:
             if candidate.wider is not None and joint is candidate.alternatives[0]:
                 wider = prover.prove(candidate.wider, TOLERANCE)
                 if wider.ok:
                     joint, proof = candidate.wider, wider
-            return joint, Finding(joint.name, joint.kind, "found", deviation=proof.deviation)
+            note = ""
+            if proof.training is not None:
+                note = f"in training mode up to the norm's eps (deviation {proof.training:.0e})"
+            return joint, Finding(joint.name, joint.kind, "found", note, proof.deviation)
         if proof.control <= CONTROL_FLOOR:
             seen = f"a wrong move passes too (deviation {proof.control:.0e})"
             return rejected(f"{seen}: the outputs do not see this joint")
@@ -135,9 +197,18 @@ def _decide(candidate: Candidate, tensors: dict[str, Tensor], prover: Prover | N
     return rejected(candidate.otherwise + dropout, smallest)
 
 
-def _skipped(model: nn.Module, proposals: list[Candidate], findings: list[Finding]) -> list[Finding]:
+def frozen(joint: Joint, tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the joint's parameters that do not train; buffers never do, and move all the same."""
+    return [name for name in joint.parameters() if name in tensors and not tensors[name].requires_grad]
+
+
+def _skipped(
+    model: nn.Module, proposals: list[Candidate], findings: list[Finding], known: dict[str, str]
+) -> list[Finding]:
     """Modules whose parameters no builder proposed to move: said aloud, never assumed."""
-    proposed = {name for candidate in proposals for joint in candidate.alternatives for name in joint.parameters()}
+    joints = [joint for candidate in proposals for joint in candidate.alternatives]
+    joints += [joint for candidate in proposals for rest in candidate.fallback for joint in rest.alternatives]
+    proposed = {name for joint in joints for name in joint.parameters()}
     on_rejected_stream = any(finding.kind == "residual" for finding in findings)
     names = canonical_names(model)
     out = []
@@ -147,5 +218,7 @@ def _skipped(model: nn.Module, proposals: list[Candidate], findings: list[Findin
             continue
         if isinstance(module, (nn.Embedding, nn.Linear)) and on_rejected_stream:
             continue
-        out.append(Finding(name or type(model).__name__, type(module).__name__, "skipped", "no builder knows its role"))
+        why = next((f": {known[parameter]}" for parameter in sorted(own) if parameter in known), "")
+        reason = f"no builder knows its role{why}"
+        out.append(Finding(name or type(model).__name__, type(module).__name__, "skipped", reason))
     return out

@@ -1,4 +1,4 @@
-"""The arms of a comparison: a base optimizer alone, or the same one with a teleport attached."""
+"""The arms of a comparison: an optimizer alone, or a base optimizer with a teleport attached."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 import teleport_fast as tf
+from teleport_fast.experiments.muon import muon
 
 
 @dataclass(frozen=True)
 class Base:
-    """A torch optimizer and its options; `table_rate=None` gives embeddings and head the blocks' rate."""
+    """An optimizer and its options; `table_rate=None` gives embeddings and head the blocks' rate.
+
+    `teleports`: whether a teleport can be attached to it; `wants_symmetries`: whether `make` takes the model's.
+    """
 
     make: Callable[..., Optimizer]
     options: dict[str, Any]
     rate: float
     table_rate: float | None
+    teleports: bool = True
+    wants_symmetries: bool = False
 
 
 BASES = {
@@ -29,15 +35,22 @@ BASES = {
     "sgd": Base(torch.optim.SGD, {"momentum": 0.9}, 0.3, None),
     "adagrad": Base(torch.optim.Adagrad, {}, 0.01, 0.03),
     "rmsprop": Base(torch.optim.RMSprop, {"alpha": 0.95}, 0.001, 0.003),
+    "muon": Base(muon, {"momentum": 0.95}, 0.02, 0.01, teleports=False),
+    "rotated": Base(tf.optim.Rotated, {"betas": (0.9, 0.98)}, 0.006, 0.01, teleports=False, wants_symmetries=True),
+    "rotated-hidden": Base(
+        tf.optim.Rotated, {"betas": (0.9, 0.98), "hidden": True}, 0.006, 0.01, teleports=False, wants_symmetries=True
+    ),
 }
+TELEPORTED = tuple(name for name, base in BASES.items() if base.teleports)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What one curve of the comparison runs: a base optimizer and, unless `objective` is None, a teleport.
+    """What one curve of the comparison runs: an optimizer and, unless `objective` is None, a teleport.
 
     Every `every` steps there is a teleport. `beta2` replaces the second moment's decay of an Adam base: in a turning
-    basis a longer memory is the better one (0.98 against 0.95, each arm at its own best).
+    basis a longer memory is the better one (0.98 against 0.95, each arm at its own best). `momentum` replaces the first
+    moment's decay, Adam's beta1 or the momentum of SGD and Muon.
     """
 
     name: str
@@ -47,11 +60,13 @@ class Arm:
     beta2: float | None = None
     radius: float | None = None
     direction: str | None = None
+    momentum: float | None = None
 
     @property
     def label(self) -> str:
         """How tables, pictures and recorded sweeps call this arm."""
-        return self.base if self.objective is None else f"{self.base} + {self.name}"
+        name = self.base if self.objective is None else f"{self.base} + {self.name}"
+        return name if self.momentum is None else f"{name}, momentum {self.momentum:g}"
 
 
 _TELEPORTS = {
@@ -66,22 +81,25 @@ ARMS = (*BASES, *OBJECTIVES)
 
 
 def arm_named(name: str, base: str = "adamw", **changes: Any) -> Arm:
-    """The arm called `name`: a base optimizer's name runs it alone, any other of `ARMS` attaches a teleport to `base`.
+    """The arm called `name`: an optimizer's name runs it alone, any other of `ARMS` attaches a teleport to `base`.
 
-    `changes` replace fields (`every`, `radius`, `direction`); None leaves a field as it is. "eigenbasis" is another
-    name for "rotations". Raises ValueError for an unknown name or base, and for a field that is out of range.
+    `changes` replace fields (`every`, `radius`, `direction`, `momentum`); None leaves a field as it is. "eigenbasis" is
+    another name for "rotations". Raises ValueError for an unknown name or base, and for a field that is out of range.
 
     >>> arm_named("rotations").every, arm_named("sgd").label, arm_named("random", base="sgd").label
     (3, 'sgd', 'sgd + random')
     """
     name = {"eigenbasis": "rotations"}.get(name, name)
-    if base not in BASES:
-        raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}; pass one of these names")
+    if base not in TELEPORTED:
+        raise ValueError(f"base must be one of {', '.join(TELEPORTED)}, got {base!r}; pass one of these names")
+    given = {field: value for field, value in changes.items() if value is not None}
+    momentum = given.get("momentum")
+    if momentum is not None and not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}; pass a decay such as 0.9")
     if name in BASES:
-        return Arm(name, name)
+        return Arm(name, name, momentum=momentum)
     if name not in _TELEPORTS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {name!r}; pass one of these names")
-    given = {field: value for field, value in changes.items() if value is not None}
     every, radius = given.get("every", 1), given.get("radius", 1.0)
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}; pass the number of steps between teleports")
@@ -91,7 +109,7 @@ def arm_named(name: str, base: str = "adamw", **changes: Any) -> Arm:
 
 
 def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | None = None) -> Optimizer:
-    """The arm's torch optimizer over the blocks at `rate`, and over embeddings and head at `table_rate`.
+    """The arm's optimizer over the blocks at `rate`, and over embeddings and head at `table_rate`.
 
     Frozen parameters are left out. Raises ValueError for a rate that is not positive.
 
@@ -107,17 +125,27 @@ def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | 
             f"rate must be positive, got {min(rate, table_rate)}; pass a learning rate such as {base.rate}"
         )
     options = dict(base.options)
-    if arm.beta2 is not None and "betas" in options:
-        options["betas"] = (options["betas"][0], arm.beta2)
+    if base.wants_symmetries:
+        options["symmetries"] = tf.find_symmetries(model)
+    if "betas" in options:
+        own = options["betas"]
+        options["betas"] = (
+            own[0] if arm.momentum is None else arm.momentum,
+            own[1] if arm.beta2 is None else arm.beta2,
+        )
+    elif arm.momentum is not None:
+        if "momentum" not in options:
+            raise ValueError(f"momentum means nothing to {arm.base}, got {arm.momentum}; leave it out")
+        options["momentum"] = arm.momentum
     tables = [
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) or (name == "head" and isinstance(module, nn.Linear))
     ]
     held = {id(weight) for weight in tables}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    blocks = [p for p in trained if id(p) not in held]
-    unique = [p for p in trained if id(p) in held]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    blocks = [(name, p) for name, p in trained if id(p) not in held]
+    unique = [(name, p) for name, p in trained if id(p) in held]
     return base.make([{"params": blocks, "lr": rate}, {"params": unique, "lr": table_rate}], lr=rate, **options)
 
 

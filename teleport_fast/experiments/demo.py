@@ -59,7 +59,7 @@ def run_comparison(request: Request, console: Console, json_on_stdout: bool) -> 
     require_matplotlib()
     planned, origins = entries(request)
     text = read_text(request.folder)
-    out = _folder(request.out)
+    out = writable_folder(request.out)
     held_out = f"{len(text.validation) / 1e6:.2f} MB held out ({len(text.validation_files)} other files)"
     for line in [f"text: {text.source}, {len(text.train) / 1e6:.1f} MB to train on, {held_out}", *origins]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -81,7 +81,7 @@ def run_comparison(request: Request, console: Console, json_on_stdout: bool) -> 
 
 def run_sweep(request: Request, console: Console, json_on_stdout: bool) -> int:
     """Tunes every arm and writes sweep.jsonl and sweep.json; the exit code, 130 after Ctrl-C."""
-    text, out = read_text(request.folder), _folder(request.out)
+    text, out = read_text(request.folder), writable_folder(request.out)
     with Live(console, None, request.setting.steps) as live:
         result = sweep(request.arms, request.seeds, request.setting, text, out, request.command, request.rates, live)
     if json_on_stdout:
@@ -103,7 +103,8 @@ def _loss(value: float | None) -> str:
     return "diverged" if value is None else f"{value:.4f}"
 
 
-def _folder(path: Path) -> Path:
+def writable_folder(path: Path) -> Path:
+    """The folder, made where it was not there; ValueError where it cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,8 @@ def recorded(path: Path = RECORDED / "sweep.json") -> dict[str, Any]:
 def rate_for(arm: Arm) -> tuple[float, str]:
     """The arm's learning rate and where it comes from: its recorded sweep, its base optimizer's, or a default."""
     rates = recorded().get("rates", {})
-    for label, origin in ((arm.label, "recorded sweep"), (arm.base, f"recorded sweep of {arm.base}")):
+    usual = replace(arm, momentum=None).label
+    for label in (arm.label, usual, arm.base):
         if label in rates:
-            return float(rates[label]["rate"]), origin
+            return float(rates[label]["rate"]), "recorded sweep" + (f" of {label}" if label != arm.label else "")
     return BASES[arm.base].rate, f"default; tune it with: python -m teleport_fast train --sweep --arms {arm.name}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from teleport_fast.data_dependent.action import MLPAction
-from teleport_fast.data_dependent.pseudo_inverse import factor
+from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse, factor
 from teleport_fast.minima.jet import (
     Jet,
     activated,
@@ -20,6 +20,8 @@ from teleport_fast.minima.jet import (
     turned_constant,
     with_pseudo_inverse,
 )
+
+Factor = Callable[[Tensor], PseudoInverse]
 
 
 def curve_derivatives(
@@ -38,15 +40,34 @@ def curve_derivatives(
     >>> torch.allclose(first[1], -W[1] @ M)
     True
     """
-    generators = check_generators(action, Ms)
+    return curve_of(action, check_generators(action, Ms), interactions)
+
+
+def curve_of(
+    action: MLPAction, generators: list[Tensor], interactions: bool = True, factors: Factor = factor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """curve_derivatives of generators that were checked; with `turning_factor` it can be differentiated in the weights."""
     runs = [generators]
     if not interactions:
         joints = range(len(generators))
         runs = [[M if m == n else torch.zeros_like(M) for n, M in enumerate(generators)] for m in joints]
-    layers = [_u_exact(action, run) if action.form == "u_exact" else _v_exact(action, run) for run in runs]
+    form = _u_exact if action.form == "u_exact" else _v_exact
+    layers = [form(action, run, factors) for run in runs]
     shapes = [(*generators[0].shape[:-2], *W.shape) for W in action.weights]
     first = [_sum([jets[n].first for jets in layers], shape) for n, shape in enumerate(shapes)]
     return first, [_sum([jets[n].second for jets in layers], shape) for n, shape in enumerate(shapes)]
+
+
+def turning_factor(H: Tensor) -> PseudoInverse:
+    """factor(H) whose first derivative in H is H⁺'s at constant rank: −P dH P + PPᵀdHᵀ(I − HP) + (I − PH)dHᵀPᵀP, P = H⁺."""
+    known = factor(H.detach())
+    if not H.requires_grad:
+        return known
+    fixed, P = H.detach(), known.dense()
+    turn = H - fixed
+    first, second = P @ P.mT @ turn.mT, turn.mT @ P.mT @ P
+    dense = P - P @ turn @ P + first - first @ fixed @ P + second - P @ (fixed @ second)
+    return PseudoInverse(dense, torch.eye(len(H), dtype=H.dtype, device=H.device), known.rank, known.kind)
 
 
 def _sum(terms: list[Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -70,7 +91,7 @@ def check_generators(action: MLPAction, Ms: Sequence[Tensor]) -> list[Tensor]:
     return [M.detach().to(action.X) for M in Ms]
 
 
-def _u_exact(action: MLPAction, Ms: Sequence[Tensor]) -> list[Jet]:
+def _u_exact(action: MLPAction, Ms: Sequence[Tensor], factors: Factor) -> list[Jet]:
     """The weights as jets, joint after joint as in the finite move."""
     sigma, keep = action.activation, action.keep_null_space
     jets = [constant(W) for W in action.weights]
@@ -82,7 +103,7 @@ def _u_exact(action: MLPAction, Ms: Sequence[Tensor]) -> list[Jet]:
         if h is None:
             jets[0], Z = _first_layer(action, Z, change)
         else:
-            inverse = factor(h.value)
+            inverse = factors(h.value)
             if keep:
                 jets[m] = jets[m] + from_zero_with_pseudo_inverse(change, h, inverse)
             else:
@@ -107,7 +128,7 @@ def _first_layer(action: MLPAction, Z: Jet, change: Jet) -> tuple[Jet, Jet]:
     return Jet(value, *derivatives), Jet(Z.value if keep else frame.project(change.value), moved.first, moved.second)
 
 
-def _v_exact(action: MLPAction, Ms: Sequence[Tensor]) -> list[Jet]:
+def _v_exact(action: MLPAction, Ms: Sequence[Tensor], factors: Factor) -> list[Jet]:
     """The weights as jets, joint after joint as in the finite move."""
     sigma = action.activation
     jets = [constant(W) for W in action.weights]
@@ -116,7 +137,7 @@ def _v_exact(action: MLPAction, Ms: Sequence[Tensor]) -> list[Jet]:
         H, H_new = activated(Z, sigma), activated(turned(M, Z), sigma)
         jets[m] = turned(M, jets[m]) if m else turned_constant(M, action.weights[0])
         U = _reader(action, jets[m + 1])
-        inverse = factor(H_new.value)
+        inverse = factors(H_new.value)
         if action.keep_null_space:
             reader = U + from_zero_with_pseudo_inverse((H - H_new).left(U.value), H_new, inverse)
         else:

@@ -24,6 +24,7 @@ class Balance(Objective):
     name = "balance"
     directions = ("descend", "ascend")
     closed_form = ("descend",)
+    measures = "parameters"
 
     def default_radius(self, direction: str) -> float:
         return math.inf if direction == "descend" else 0.5

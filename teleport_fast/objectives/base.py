@@ -30,13 +30,14 @@ class Objective(ABC):
 
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
-    instead of lasting one step.
+    instead of lasting one step; `measures` is what `value` reads, "gradients" or "parameters".
     """
 
     name = "objective"
     directions: tuple[str, ...] = ("ascend", "descend")
     holds = False
     closed_form: tuple[str, ...] = ()
+    measures = "gradients"
 
     def default_radius(self, direction: str) -> float:
         """Searches without an optimum are bounded by 0.5: a condition number of g of at most e."""

@@ -108,8 +108,8 @@ class GradL1(Objective):
         self.trials = trials
 
     def unusable(self, joint: Joint) -> str | None:
-        if joint.group.form == "permutation":
-            return "a permutation leaves the l1 norm as it is"
+        if joint.group.form != "dense" and not joint.group.holds_stretches:
+            return f"a {'permutation' if joint.group.form == 'permutation' else 'sign'} leaves the l1 norm as it is"
         if joint.group.form == "dense" and not (joint.plus and joint.minus):
             return "the line search needs tensors on both sides of the joint"
         return mixed_powers(joint)
@@ -125,16 +125,18 @@ class GradL1(Objective):
         wide_plus, wide_minus = _side_by_side(plus, joints), _side_by_side(minus, joints)
         lie_gradient = wide_minus.sign() @ wide_minus.mT - wide_plus @ wide_plus.sign().mT
         direction = lie_step(bucket.group, lie_gradient, move.radius, -1.0 if move.descend else 1.0)
-        start = wide_plus.abs().sum((1, 2)) + wide_minus.abs().sum((1, 2))
+        start = _l1(wide_plus) + _l1(wide_minus)
         chosen, settled = torch.zeros_like(direction), torch.zeros_like(start, dtype=torch.bool)
         for halvings in range(self.trials):
             algebra = direction * 0.5**halvings
             trial = exponential(algebra)
             assert trial.g_inverse_t is not None
-            value = (trial.g_inverse_t @ wide_plus).abs().sum((1, 2)) + (trial.g @ wide_minus).abs().sum((1, 2))
+            value = _l1(trial.g_inverse_t @ wide_plus) + _l1(trial.g @ wide_minus)
             improved = ~settled & (value < start if move.descend else value > start)
-            chosen, settled = torch.where(improved[:, None, None], algebra, chosen), settled | improved
             # one trial settles nearly every bucket, and the others would cost a pass over the gradients each
+            if bool(improved.all()):
+                return trial, bucket.group.factor_norm(algebra)
+            chosen, settled = torch.where(improved[:, None, None], algebra, chosen), settled | improved
             if bool(settled.all()):
                 break
         return exponential(chosen), bucket.group.factor_norm(chosen)
@@ -142,6 +144,11 @@ class GradL1(Objective):
     def value(self, move: Move) -> Tensor:
         norms = torch._foreach_norm(list(move.gradients.values()), 1)
         return torch.stack([norm.double() for norm in norms]).sum()
+
+
+def _l1(wide: Tensor) -> Tensor:
+    """The l1 norm of every head, (joints·heads,), without a copy of absolute values."""
+    return torch.linalg.vector_norm(wide, 1, (1, 2))
 
 
 def _side_by_side(views: list[Tensor], joints: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from teleport_fast.ops.activation_action import activation_action, activation_action_tangent
 from teleport_fast.ops.covariance import covariance_
+from teleport_fast.ops.data_dependent_steps import data_dependent_steps_
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.grad_norm_objective import grad_norm_objective
 from teleport_fast.ops.gram_difference import gram_difference
@@ -16,6 +17,7 @@ __all__ = [
     "activation_action",
     "activation_action_tangent",
     "covariance_",
+    "data_dependent_steps_",
     "diagonal_action_",
     "grad_norm_objective",
     "gram_difference",

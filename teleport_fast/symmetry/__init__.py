@@ -1,6 +1,6 @@
 """What can move: groups, views of parameters, joints, and the symmetries of a model."""
 
-from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal
+from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal, Signs
 from teleport_fast.symmetry.groups import DenseGroup, GeneralLinear, Group, Orthogonal, Rotary
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
@@ -17,6 +17,7 @@ __all__ = [
     "Permutation",
     "PositiveDiagonal",
     "Rotary",
+    "Signs",
     "Symmetries",
     "VerifyReport",
     "View",

@@ -69,13 +69,17 @@ class Bucket:
     def parameters(self) -> list[str]:
         return [name for joint in self.joints for name in joint.parameters()]
 
+    def buffers(self) -> list[str]:
+        return [name for joint in self.joints for name in joint.buffers()]
+
     @torch.no_grad()
     def move_(self, element: Element, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
         """Move every tensor of `sources` in place; a source is (kind, {parameter name: tensor}).
 
         Parameters: A₊ → g A₊, A₋ → g⁻ᵀ A₋. Covectors (gradients, first moments): G₊ → g⁻ᵀ G₊, G₋ → g G₋. Squares
-        (second moments) take the square of a diagonal's factor; under a dense g they are not moved here. Names missing
-        from a source are left out. Source: own derivation, checked by tests/symmetry/test_bucket.py.
+        (second moments) take the square of a diagonal's factor; under a dense g they are not moved here. Buffers that a
+        joint carries move with the parameters. Names missing from a source are left out.
+        Source: own derivation, checked by tests/symmetry/test_bucket.py.
         """
         if element.form == "dense":
             self._move_dense(element, sources)
@@ -88,7 +92,7 @@ class Bucket:
         self, sources: Sequence[tuple[str, Mapping[str, Tensor]]]
     ) -> Iterable[tuple[int, str, View, float, Tensor]]:
         for index, joint in enumerate(self.joints):
-            for side, views in ((1.0, joint.plus), (-1.0, joint.minus)):
+            for side, views in ((1.0, joint.plus), (-1.0, joint.minus), (1.0, joint.carried)):
                 for kind, tensors in sources:
                     for view in views:
                         tensor = tensors.get(view.parameter)
@@ -147,10 +151,11 @@ def buckets(joints: Iterable[Joint]) -> list[Bucket]:
             joint.heads,
             tuple(view.power for view in joint.plus),
             tuple(view.power for view in joint.minus),
+            tuple(view.power for view in joint.carried),
         )
-        names = set(joint.parameters())
+        names = {*joint.parameters(), *joint.buffers()}
         for run in found.setdefault(key, []):
-            if all(names.isdisjoint(other.parameters()) for other in run):
+            if all(names.isdisjoint({*other.parameters(), *other.buffers()}) for other in run):
                 run.append(joint)
                 break
         else:

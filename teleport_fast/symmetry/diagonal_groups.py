@@ -60,6 +60,33 @@ class PositiveDiagonal(Diagonal):
 
 
 @dataclass(frozen=True)
+class Signs(Diagonal):
+    """Diagonal matrices with entries ±1 (units that only a norm's gain or a residual stream tells apart)."""
+
+    holds_stretches = False
+
+    @property
+    def dim(self) -> int:
+        return 0
+
+    def random(
+        self, heads: int, radius: float, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        signs = torch.randint(2, (heads, self.width), generator=generator) * 2 - 1
+        signs[:, 0] = torch.where((signs == 1).all(1), -1, signs[:, 0])  # the draw is never the identity
+        return signs.to(dtype)
+
+    def check(self, g: Tensor, heads: int, joint: str) -> Tensor:
+        g = super().check(g, heads, joint)
+        if bool((g.abs() != 1).any()):
+            raise ValueError(f"element of joint {joint!r} must have entries 1 or -1 for {self}; pass its signs")
+        return g
+
+    def __str__(self) -> str:
+        return f"signs({self.width})"
+
+
+@dataclass(frozen=True)
 class Permutation(Group):
     """Permutations of the joint's units (any pointwise activation)."""
 

@@ -15,8 +15,9 @@ from teleport_fast.symmetry.view import View
 class Joint:
     """`heads` equal hidden spaces of `width` units that `plus` views write and `minus` views read.
 
-    Action: A₊ → g A₊, A₋ → g⁻ᵀ A₋. Errors: ValueError if a view's heads or width are not the joint's, the group has
-    another width, or a view has a power or a shift that a dense group cannot apply.
+    Action: A₊ → g A₊, A₋ → g⁻ᵀ A₋. `carried` views are of buffers (running statistics), which move as A₊ does and have
+    no gradient. Errors: ValueError if a view's heads or width are not the joint's, the group has another width, or a view
+    has a power or a shift that a dense group cannot apply.
     """
 
     name: str
@@ -26,9 +27,10 @@ class Joint:
     width: int
     plus: tuple[View, ...]
     minus: tuple[View, ...]
+    carried: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
-        for view in self.views():
+        for view in (*self.views(), *self.carried):
             if (view.heads, view.width) != (self.heads, self.width):
                 raise ValueError(
                     f"joint {self.name!r} has {self.heads} heads of width {self.width}, but the view of "
@@ -57,9 +59,13 @@ class Joint:
         """Names of the parameters that move, each once."""
         return tuple(dict.fromkeys(view.parameter for view in self.views()))
 
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the buffers that move along, each once."""
+        return tuple(dict.fromkeys(view.parameter for view in self.carried))
+
     def check_shapes(self, tensors: dict[str, Tensor]) -> None:
-        """Raise ValueError if a parameter is missing or too small for its view."""
-        for view in self.views():
+        """Raise ValueError if a parameter (or a buffer) is missing or too small for its view."""
+        for view in (*self.views(), *self.carried):
             if view.parameter not in tensors:
                 raise ValueError(
                     f"joint {self.name!r} names the parameter {view.parameter!r}, which the model does not have; "

@@ -38,10 +38,12 @@ class Symmetries:
     findings: tuple[Finding, ...] = ()
     model: InitVar[nn.Module | None] = None
     _parameters: dict[str, weakref.ref[Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self, model: nn.Module | None) -> None:
         if model is not None:
             self._parameters = {name: weakref.ref(tensor) for name, tensor in named_tensors(model).items()}
+            self._model = weakref.ref(model)
         self.joints = tuple(self.joints)
         self._by_name = {joint.name: joint for joint in self.joints}
         if len(self._by_name) != len(self.joints):
@@ -86,15 +88,28 @@ class Symmetries:
                     f"keep names no joint and no kind: {sorted(unknown)}; "
                     f"kinds here are {sorted({joint.kind for joint in self.joints})}"
                 )
-        return Symmetries(chosen, self.findings, _parameters=self._parameters)
+        return Symmetries(chosen, self.findings, _parameters=self._parameters, _model=self._model)
 
     def parameter(self, name: str) -> Tensor | None:
         """The live parameter of that name on the model where the joints were found, if it is still there."""
         reference = self._parameters.get(name)
         return None if reference is None else reference()
 
+    def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The live buffers of these names on the model where the joints were found (moving a model replaces them).
+
+        Errors: ValueError once the model is gone, or where it has no such buffer.
+        """
+        names = list(names)
+        model = None if self._model is None else self._model()
+        if names and model is None:
+            raise ValueError(
+                f"buffer {names[0]!r} moves with a joint, but the model it was found on is gone; find_symmetries again"
+            )
+        return {name: model.get_buffer(name) for name in names} if model is not None else {}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parameters": {}}
+        return {**self.__dict__, "_parameters": {}, "_model": None}
 
     @torch.no_grad()
     def apply_(self, model: nn.Module, elements: Mapping[str, Tensor]) -> None:
@@ -105,7 +120,7 @@ class Symmetries:
         Errors: KeyError for an unknown joint, ValueError for an element that is not in the group or has a wrong shape;
         all elements are checked before anything moves.
         """
-        tensors = named_tensors(model)
+        tensors = {**dict(model.named_buffers()), **named_tensors(model)}
         moves = []
         for name, g in elements.items():
             joint = self[name]
@@ -150,11 +165,13 @@ class Symmetries:
     def explain(self) -> str:
         """A table of what was found, what was rejected or skipped, and why."""
         rows = [("joint", "kind", "group", "heads", "dim", "deviation", "status")]
-        deviations = {f.name: f.deviation for f in self.findings if f.status == "found"}
+        found = {f.name: f for f in self.findings if f.status == "found"}
         for joint in self.joints:
-            deviation = deviations.get(joint.name)
+            finding = found.get(joint.name)
+            deviation = None if finding is None else finding.deviation
+            status = "found" if finding is None or not finding.reason else f"found: {finding.reason}"
             shown = "unproven" if deviation is None else f"{deviation:.0e}"
-            rows.append((joint.name, joint.kind, str(joint.group), str(joint.heads), str(joint.dim), shown, "found"))
+            rows.append((joint.name, joint.kind, str(joint.group), str(joint.heads), str(joint.dim), shown, status))
         for finding in self.findings:
             if finding.status != "found":
                 shown = "" if finding.deviation is None else f"{finding.deviation:.0e}"

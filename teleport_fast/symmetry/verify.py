@@ -13,16 +13,22 @@ from torch.utils._pytree import tree_leaves
 
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.symmetry.widen import WideCasts
 
 
 @dataclass(frozen=True)
 class JointProof:
-    """Relative deviation of the outputs after a right move, and after a wrong one (the negative control)."""
+    """Relative deviation of the outputs after a right move, and after a wrong one (the negative control).
+
+    `training` is the deviation in training mode where that mode computes something else (batch statistics) and the joint
+    moves running statistics, which it leaves only up to the norm's eps; None elsewhere.
+    """
 
     name: str
     deviation: float
     control: float
     ok: bool
+    training: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,40 @@ CONTROL_FLOOR = 1e-3
 
 
 class Prover:
-    """A perturbed float64 deep copy of a model on which joints are moved and put back, bit for bit."""
+    """A perturbed float64 deep copy of a model on which joints are moved and put back, bit for bit.
+
+    Casts to float32 within the model's forward are widened to float64; `casts` counts them per call.
+    """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
-        self.tensors: dict[str, Tensor] = dict(self.model.named_parameters())
-        self.call = _caller(self.model, inputs)
+        self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        for module in self.model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "_experts_implementation", None) is not None:
+                config._experts_implementation = "eager"  # transformers' grouped products have no float64
+        self.casts = 0
+        self._forward = _caller(self.model, inputs)
         self._perturb()
         self.before = self.call()
-        first, second = self._call_training(1), self._call_training(2)
-        self.drops_units = relative_deviation(second, first) > 0
-        self.before_training = first
+        self.batch_statistics, self.drops_units, self.no_training = False, False, ""
+        try:
+            self.before_training = self._call_training(1)
+            self.drops_units = relative_deviation(self._call_training(2), self.before_training) > 0
+        except ValueError as error:  # BatchNorm refuses a batch of one value per channel
+            self.no_training = str(error)
+
+    def call(self) -> list[Tensor]:
+        with WideCasts() as mode:
+            outputs = self._forward()
+        self.casts = mode.casts
+        return outputs
 
     def _call_training(self, seed: int) -> list[Tensor]:
-        """Outputs in training mode with dropout masks of one seed; running statistics stay as they were."""
+        """Outputs in training mode with dropout masks of one seed; running statistics stay as they were.
+
+        A call that changes them says that the model has batch statistics.
+        """
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         self.model.train()
         try:
@@ -74,13 +100,14 @@ class Prover:
         finally:
             self.model.eval()
             for name, value in self.model.named_buffers():
+                self.batch_statistics |= value.is_floating_point() and not torch.equal(value, buffers[name])
                 value.copy_(buffers[name])
 
     def _perturb(self) -> None:
         """Leave the initialisation: at it, zero tensors and equal entries hide what a move does wrong."""
         generator = torch.Generator().manual_seed(20240229)
         with torch.no_grad():
-            for tensor in self.tensors.values():
+            for tensor in self.model.parameters():
                 if tensor.requires_grad and tensor.numel():
                     noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
                     tensor.add_(noise.to(tensor.device) * (0.05 + 0.1 * tensor.square().mean().sqrt()))
@@ -88,28 +115,41 @@ class Prover:
     def prove(self, joint: Joint, tolerance: float, seed: int = 0) -> JointProof:
         """Move by a random element far from the identity, then by the same element on the first view alone.
 
+        A joint of a single view is controlled by the element's negative.
+
         A model with dropout is also held to its outputs in training mode, same masks: a dense g mixes what a mask cuts.
         A permutation moves the mask with the units, which is the same in distribution, so it is proven in eval mode.
+        A model with batch statistics is held to its outputs in both modes. There a scale that moves running statistics
+        is exact in eval mode and up to eps in training mode, so its bar there is the control's floor.
         """
         generator = torch.Generator().manual_seed(seed)
         radius = 0.4 * joint.width**0.5 if joint.group.form == "dense" else 0.5
         g = joint.group.random(joint.heads, radius, generator, torch.float64)
         element = Element.of(joint.group, g)
-        deviation = self._deviation(joint, element)
+        deviation, training = self._deviations(joint, element)
         lone = (joint.plus or joint.minus)[0]
         half = Joint(joint.name, joint.kind, joint.group, joint.heads, joint.width, (lone,), ())
-        control = self._deviation(half, element)
+        if len(list(joint.views())) == 1 and element.form == "diagonal":  # nothing to leave out: a sign is what is wrong
+            element = Element(element.form, -element.g)
+        control = max(self._deviations(half, element))
+        up_to_eps = self.batch_statistics and bool(joint.carried) and joint.group.form == "diagonal"
+        if up_to_eps:
+            holds = deviation <= tolerance and training <= CONTROL_FLOOR
+            return JointProof(joint.name, deviation, control, holds and control > CONTROL_FLOOR, training)
+        deviation = max(deviation, training)
         return JointProof(joint.name, deviation, control, deviation <= tolerance and control > CONTROL_FLOOR)
 
     @torch.no_grad()
-    def _deviation(self, joint: Joint, element: Element) -> float:
-        saved = {name: self.tensors[name].clone() for name in joint.parameters()}
+    def _deviations(self, joint: Joint, element: Element) -> tuple[float, float]:
+        """In eval mode, and in training mode where that is another function; 0 where it is not looked at."""
+        saved = {name: self.tensors[name].clone() for name in (*joint.parameters(), *joint.buffers())}
         try:
             Bucket((joint,)).move_(element, [(PARAMETER, self.tensors)])
-            deviation = relative_deviation(self.call(), self.before)
-            if self.drops_units and joint.group.form != "permutation":
-                deviation = max(deviation, relative_deviation(self._call_training(1), self.before_training))
-            return deviation
+            deviation, training = relative_deviation(self.call(), self.before), 0.0
+            masked = self.drops_units and joint.group.form == "permutation"
+            if (self.batch_statistics or self.drops_units) and not masked and not self.no_training:
+                training = relative_deviation(self._call_training(1), self.before_training)
+            return deviation, training
         finally:
             for name, value in saved.items():
                 self.tensors[name].copy_(value)
@@ -143,6 +183,16 @@ def relative_deviation(after: list[Tensor], before: list[Tensor]) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
+def _seen(output: Any) -> Any:
+    """What of a model's output must stay: its logits where it names some, else all but caches, which follow a basis."""
+    if not isinstance(output, Mapping):
+        return output.to_tuple() if hasattr(output, "to_tuple") else output
+    named = {key: value for key, value in output.items() if "logits" in str(key) and value is not None}
+    if named:
+        return list(named.values())
+    return [value for key, value in output.items() if "past_key_values" not in str(key) and value is not None]
+
+
 def _caller(model: nn.Module, inputs: Any) -> Callable[[], list[Tensor]]:
     def cast(value: Any) -> Any:
         return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -156,9 +206,7 @@ def _caller(model: nn.Module, inputs: Any) -> Callable[[], list[Tensor]]:
 
     @torch.no_grad()
     def call() -> list[Tensor]:
-        output = model(*positional, **keywords)
-        if hasattr(output, "to_tuple"):
-            output = output.to_tuple()
+        output = _seen(model(*positional, **keywords))
         leaves = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
         if not leaves:
             raise ValueError("the model returns no floating tensor for example_inputs; pass inputs that give logits")

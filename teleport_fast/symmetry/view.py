@@ -18,6 +18,8 @@ class View:
     `repeats` is head sharing (grouped queries), `power` k makes a diagonal s act as sᵏ (ReLU²: the consumer has k = 2),
     `shift` c makes the action fall on parameter + c (norm gains stored as 1 + w), `counts` says whether the tensor's
     gradient enters the joint's gradient covariance (embedding tables, heads and vectors do not).
+    With `head_axis` the heads lie along an axis of their own (experts of a 3-D tensor, groups of a convolution): head i
+    has the `head_size` entries from `head_start + i·head_stride` on.
     """
 
     parameter: str
@@ -32,6 +34,9 @@ class View:
     power: float = 1.0
     shift: float = 0.0
     counts: bool = True
+    head_axis: int | None = None
+    head_start: int = 0
+    head_size: int = 1
 
     def __post_init__(self) -> None:
         if self.heads < 1 or self.width < 1 or self.repeats < 1:
@@ -47,14 +52,14 @@ class View:
         if self.repeat_stride < 0:
             object.__setattr__(self, "repeat_stride", self.width)
         if self.head_stride < 0:
-            object.__setattr__(self, "head_stride", self.width * self.repeats)
+            object.__setattr__(self, "head_stride", self.width * self.repeats if self.head_axis is None else self.head_size)
 
     @property
     def extent(self) -> int:
         """One past the last index that the view uses on its axis."""
         return (
             self.start
-            + (self.heads - 1) * self.head_stride
+            + (0 if self.head_axis is not None else (self.heads - 1) * self.head_stride)
             + (self.width - 1) * self.width_stride
             + (self.repeats - 1) * self.repeat_stride
             + 1
@@ -82,17 +87,21 @@ def _layout(
             f"view of {view.parameter!r}: axis {axis} of shape {shape} has {shape[axis]} entries, but "
             f"{view.heads} heads of width {view.width} need {view.extent}; the joint's tensors disagree in size"
         )
-    unit = stride[axis]
-    columns = [(view.repeats, view.repeat_stride * unit)]
-    columns += [(shape[a], stride[a]) for a in range(len(shape)) if a != axis]
-    merged: list[tuple[int, int]] = []
-    for size, step in columns:
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * step:
-            merged[-1] = (merged[-1][0] * size, step)
-        else:
-            merged.append((size, step))
+    unit, head_step, offset = stride[axis], view.head_stride * stride[axis], view.start * stride[axis]
+    if view.head_axis is not None:
+        if not 0 <= view.head_axis < len(shape) or view.head_axis == axis:
+            raise ValueError(f"view of {view.parameter!r}: heads cannot lie on axis {view.head_axis} of shape {shape}")
+        if view.head_start + (view.heads - 1) * view.head_stride + view.head_size > shape[view.head_axis]:
+            raise ValueError(f"view of {view.parameter!r}: axis {view.head_axis} of shape {shape} has no {view.heads} heads")
+        head_step = view.head_stride * stride[view.head_axis]
+        offset += view.head_start * stride[view.head_axis]
+    others = [
+        (a, view.head_size if a == view.head_axis else shape[a], stride[a]) for a in range(len(shape)) if a != axis
+    ]
+    repeats = (axis, view.repeats, view.repeat_stride * unit)
+    merged = _merge([repeats, *others])
+    if len(merged) > 2:  # where one unit spans the whole axis, the repeats join their neighbours
+        merged = _merge(sorted([repeats, *others]))
     if len(merged) > 2:
         raise ValueError(
             f"view of {view.parameter!r}: a tensor of shape {shape} and strides {stride} needs {len(merged)} column "
@@ -100,5 +109,18 @@ def _layout(
         )
     merged = [(1, 1)] * (2 - len(merged)) + merged
     sizes = (view.heads, view.width, merged[0][0], merged[1][0])
-    strides = (view.head_stride * unit, view.width_stride * unit, merged[0][1], merged[1][1])
-    return sizes, strides, view.start * unit
+    strides = (head_step, view.width_stride * unit, merged[0][1], merged[1][1])
+    return sizes, strides, offset
+
+
+def _merge(columns: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(axis, size, stride) triples as the fewest (size, stride) pairs in that order."""
+    merged: list[tuple[int, int]] = []
+    for _, size, step in columns:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * step:
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    return merged

@@ -63,6 +63,18 @@ def test_a_teleport_that_more_data_refuses_is_undone() -> None:
     assert not action.teleport(LOSS, 3, 1e-2, recheck=lambda weights: LOSS(action.outputs(weights))).report.undone
 
 
+@pytest.mark.parametrize(("form", "batch"), [("u_exact", 8), ("v_exact", 8), ("v_exact", 30)])
+def test_a_published_loop_is_undone_too(form: str, batch: int) -> None:
+    weights, X = network(WIDTHS, batch)
+    action, loss = MLPAction(weights, X, form=form), CrossEntropy(torch.arange(batch) % 3)
+    calls = iter([1.0, 5.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RankWarning)
+        result = action.teleport(loss, 2, 1e-2, parity=True, recheck=lambda weights: next(calls))
+        assert result.report.undone and all(torch.equal(new, old) for new, old in zip(result.weights, weights, strict=True))
+        assert not action.teleport(loss, 2, 1e-2, parity=True, recheck=lambda weights: 1.0).report.undone
+
+
 def test_the_fast_published_loop_is_the_double_backward_one() -> None:
     weights, X = network((20, 8, 6, 3), 30)
     loss = CrossEntropy(torch.arange(30) % 3)

@@ -20,7 +20,7 @@ CHAINS = {
     "relu": (nn.ReLU(), "positive diagonal(6)", True),
     "leaky relu": (nn.LeakyReLU(0.1), "positive diagonal(6)", True),
     "one slope": (nn.PReLU(), "positive diagonal(6)", True),
-    "a slope per channel": (nn.PReLU(6, 0.3), "positive diagonal(6)", False),
+    "a slope per channel": (nn.PReLU(6, 0.3), "positive diagonal(6)", True),
     "tanh": (nn.Tanh(), None, True),
     "gelu": (nn.GELU(), None, True),
     "nothing": (nn.Identity(), "GL(6)", True),
@@ -69,7 +69,7 @@ def slot(module: nn.Module, start: int = 0, size: int | None = None) -> Slot:
 def test_attention_proposes_gl_before_both_rotary_layouts() -> None:
     (qkv, output), views = views_of(nn.Linear(8, 16), nn.Linear(8, 8))
     role = Attention("a", slot(qkv, 0, 8), slot(qkv, 8, 4), slot(qkv, 12, 4), slot(output), heads=4, kv_heads=2)
-    value_output, query_key = attention_candidates(role, views)
+    value_output, query_key, *_ = attention_candidates(role, views)
     assert [str(joint.group) for joint in value_output.alternatives] == ["GL(2)"]
     assert [str(joint.group) for joint in query_key.alternatives] == [
         "GL(2)",
@@ -87,7 +87,7 @@ def test_attention_proposes_gl_before_both_rotary_layouts() -> None:
 
 def test_an_odd_head_has_no_rotary_alternative() -> None:
     (q, k, v, o), views = views_of(*(nn.Linear(6, 6) for _ in range(4)))
-    _, query_key = attention_candidates(Attention("a", slot(q), slot(k), slot(v), slot(o), 2, 2), views)
+    _, query_key, _ = attention_candidates(Attention("a", slot(q), slot(k), slot(v), slot(o), 2, 2), views)
     assert [str(joint.group) for joint in query_key.alternatives] == ["GL(3)"]
 
 

@@ -37,12 +37,19 @@ def reasons(symmetries: Symmetries) -> dict[str, str]:
 PLAIN = {
     "attention.value-output": "value-output, GL(4), 4, 64",
     "attention.query-key": "query-key, GL(4), 4, 64",
+    "attention.heads": "heads, permutation(4), 1, 0",
     "mlp.up-down": "up-down-squared, positive diagonal(12), 1, 12",
     "mlp.neurons": "neurons, permutation(12), 1, 0",
     "residual": "residual, O(16), 1, 120",
 }
-GAINS = {f"{name}.readers": "norm-readers, diagonal(16), 1, 16" for name in ("norm", "norm1", "norm2")}
-EXPECTED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+GAINS = {f"{name}.readers": "norm-readers, diagonal(16), 1, 16" for name in ("norm", "norm1", "norm2")} | {
+    "residual": "",  # rejected, its order and signs are what is left of it
+    "residual.order": "residual-order, permutation(16), 1, 0",
+    "residual.signs": "residual-signs, signs(16), 1, 0",
+}
+ONE_SIGN = {"residual.signs": "residual-signs, signs(1), 1, 0"}
+# what differs from PLAIN: another row, "" for a rejection, None for a joint that there is no candidate for
+EXPECTED: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
     "the demo": ({}, {}),
     "relu": ({"mlp": "relu"}, {"mlp.up-down": "up-down, positive diagonal(12), 1, 12"}),
     "gelu": ({"mlp": "gelu"}, {"mlp.up-down": ""}),
@@ -52,7 +59,12 @@ EXPECTED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "tied": ({"tied": True}, {}),
     "grouped": (
         {"kv_heads": 2},
-        {"attention.value-output": "value-output, GL(4), 2, 32", "attention.query-key": "query-key, GL(4), 2, 32"},
+        {
+            "attention.value-output": "value-output, GL(4), 2, 32",
+            "attention.query-key": "query-key, GL(4), 2, 32",
+            "attention.heads": "heads, permutation(2), 1, 0",
+            "attention.query-heads": "query-heads, permutation(2), 2, 0",
+        },
     ),
     "rotary": ({"positions": "rotary"}, {"attention.query-key": "query-key-rotary, rotary(4) half, 4, 16"}),
     "rotary, one key head, fused": (
@@ -60,28 +72,30 @@ EXPECTED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         {
             "attention.value-output": "value-output, GL(4), 1, 16",
             "attention.query-key": "query-key-rotary, rotary(4) half, 1, 4",
+            "attention.query-heads": "query-heads, permutation(4), 1, 0",
+            "attention.heads": None,
         },
     ),
-    "gains": ({"gains": True}, {**GAINS, "residual": ""}),
-    "gains and biases under layernorm": ({"gains": True, "norm": "layer", "bias": True}, {**GAINS, "residual": ""}),
-    "gains, tied head": ({"gains": True, "tied": True}, {**GAINS, "norm.readers": "", "residual": ""}),
+    "gains": ({"gains": True}, GAINS),
+    "gains and biases under layernorm": ({"gains": True, "norm": "layer", "bias": True}, GAINS | ONE_SIGN),
+    "gains, tied head": ({"gains": True, "tied": True}, {**GAINS, "norm.readers": ""}),
 }
 
 
 @pytest.mark.parametrize(("changes", "differences"), EXPECTED.values(), ids=EXPECTED.keys())
-def test_a_gpt_has_these_joints(changes: dict[str, Any], differences: dict[str, str]) -> None:
+def test_a_gpt_has_these_joints(changes: dict[str, Any], differences: dict[str, str | None]) -> None:
     wanted = {name: row for name, row in {**PLAIN, **differences}.items() if row}
     found = find_symmetries(gpt(**changes))
     assert table(found) == wanted
-    left_out = {name for name, row in {**PLAIN, **differences}.items() if not row}
+    left_out = {name for name, row in {**PLAIN, **differences}.items() if row == ""}
     assert set(reasons(found)) == left_out
     assert all(finding.deviation <= 1e-10 for finding in found.findings if finding.status == "found")
 
 
 def test_each_layer_has_joints_of_its_own() -> None:
     names = [joint.name for joint in find_symmetries(gpt(layers=3))]
-    assert len(names) == 3 * 4 + 1
-    assert names[4:8] == [name.replace("0", "1", 1) for name in names[:4]]
+    assert len(names) == 3 * 5 + 1
+    assert names[5:10] == [name.replace("0", "1", 1) for name in names[:5]]
 
 
 def test_rejections_say_why() -> None:
@@ -98,7 +112,7 @@ def test_a_frozen_parameter_keeps_its_joints_from_moving() -> None:
     model.blocks[0].attention.o.weight.requires_grad_(False)
     found = find_symmetries(model)
     reason = "rejected: 'blocks.0.attention.o.weight' is frozen (requires_grad=False), a move would change it"
-    assert reasons(found) == {"attention.value-output": reason, "residual": reason}
+    assert reasons(found) == {"attention.value-output": reason, "attention.heads": reason, "residual": reason}
     assert set(table(found)) == {"attention.query-key", "mlp.up-down", "mlp.neurons"}
 
 
@@ -118,16 +132,13 @@ class Odd(nn.Module):
         self.kernel = nn.Parameter(torch.randn(5, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.kernel
+        return x.sort(-1).values @ self.kernel
 
 
 def test_an_unknown_module_is_skipped_aloud() -> None:
     found = find_symmetries(nn.Sequential(nn.Linear(4, 5), Odd(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2)))
-    assert reasons(found) == {
-        "0": "skipped: no builder knows its role",
-        "1": "skipped: no builder knows its role",
-    }
-    assert set(table(found)) == {"4.up-down", "4.neurons"}
+    assert reasons(found) == {"0": "skipped: no builder knows its role: operator sort has no rule"}
+    assert set(table(found)) == {"2.up-down", "4.up-down", "4.neurons"}
 
 
 @pytest.mark.parametrize(
@@ -139,14 +150,25 @@ def test_example_inputs_come_in_every_form(inputs: Any) -> None:
     assert table(find_symmetries(gpt(), inputs)) == PLAIN
 
 
-def test_without_proof_only_what_needs_none_is_taken() -> None:
+def test_without_proof_names_and_a_recorded_call_are_trusted() -> None:
     found = find_symmetries(gpt(mlp="swiglu", gains=True), verify=False)
-    assert {joint.kind for joint in found} <= {"value-output", "up-down", "neurons", "norm-readers"}
+    assert {joint.kind for joint in found} == {"value-output", "query-key", "up-down", "neurons", "norm-readers"}
     assert table(found)["mlp.up-down"] == "up-down, diagonal(12), 1, 12"
-    assert "call with verify=True" in reasons(found)["attention.query-key"]
+    assert table(found)["attention.query-key"] == "query-key, GL(4), 4, 64"
+    assert "call with verify=True" in reasons(found)["attention.heads"]
     assert "unproven" in found.explain()
-    assert "attention.query-key" not in table(found)
-    assert "mlp.up-down" not in table(find_symmetries(gpt(), verify=False))
+    turned = table(find_symmetries(gpt(positions="rotary"), verify=False))
+    assert "attention.query-key" not in turned
+
+
+def test_without_inputs_and_proof_only_names_are_trusted() -> None:
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.block = nn.Parameter(torch.ones(3)), gpt().blocks[0]
+
+    found = find_symmetries(Closed(), verify=False)
+    assert {joint.kind for joint in found} == {"value-output", "neurons"}
 
 
 def test_what_is_no_model_is_refused() -> None:

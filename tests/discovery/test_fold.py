@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport_fast import find_symmetries, fold_norm_gains_
-from teleport_fast.discovery.residual import is_norm
+from teleport_fast.discovery.gains import is_norm
 from teleport_fast.experiments.gpt import GPT, GPTConfig
 
 IDS = torch.randint(13, (3, 8), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from teleport_fast import Symmetries, find_symmetries
-from teleport_fast.discovery.residual import is_norm, stream_width
+from teleport_fast.discovery.gains import is_norm
+from teleport_fast.discovery.residual import stream_width
 from teleport_fast.discovery.roles import Attention, Mlp, roles
 from teleport_fast.experiments.gpt import GPT, GPTConfig
 

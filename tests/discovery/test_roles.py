@@ -99,11 +99,13 @@ def test_a_gpt_under_other_names_is_understood(
 ) -> None:
     model = OtherGPT(attention, mlp)
     found = find_symmetries(model)
-    assert {joint.name for joint in found} == {
-        *(f"h.0.attn.{kind}" for kind in ("value-output", "query-key")),
+    assert {joint.name for joint in found} - {"h.0.attn.query-heads"} == {
+        *(f"h.0.attn.{kind}" for kind in ("value-output", "query-key", "heads")),
         *(f"{name}.{kind}" for kind in ("up-down", "neurons")),
         *(f"{norm}.readers" for norm in ("h.0.ln_1", "h.0.ln_2", "ln_f")),
+        *("residual.order", "residual.signs"),
     }
+    assert ("h.0.attn.query-heads" in found) == isinstance(attention, ProjAttention)
     assert str(found["h.0.attn.query-key"].group) == query_key
     for norm in (model.ln_f, model.h[0].ln_1, model.h[0].ln_2):
         norm.weight.requires_grad_(False)

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+import teleport_fast as tf
 from teleport_fast.experiments.arms import ARMS, BASES, arm_named, make_optimizer
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.experiments.text import Text
+from teleport_fast.experiments.train import Setting, train
 
 
 def small(**fields: Any) -> GPT:
@@ -71,3 +74,73 @@ def test_a_rate_that_is_not_positive_is_refused() -> None:
 
 def test_every_listed_arm_has_a_name_of_its_own() -> None:
     assert len({arm_named(name).label for name in ARMS}) == len(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("adamw", "betas"), ("rotations", "betas"), ("muon", "momentum"), ("sgd", "momentum")]
+)
+def test_momentum_replaces_the_first_moments_decay_and_names_the_arm(name: str, key: str) -> None:
+    arm, usual = arm_named(name, momentum=0.7), arm_named(name)
+    assert arm.label == f"{usual.label}, momentum 0.7"
+    values = [make_optimizer(a, small(), 0.1).param_groups[0][key] for a in (arm, usual)]
+    assert values[0] == ((0.7, values[1][1]) if key == "betas" else 0.7)
+    assert values[0] != values[1]
+
+
+def test_momentum_out_of_range_or_without_meaning_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\), got 1.5; pass"):
+        arm_named("adamw", momentum=1.5)
+    with pytest.raises(ValueError, match=r"momentum means nothing to adagrad, got 0.9"):
+        make_optimizer(arm_named("adagrad", momentum=0.9), small(), 0.1)
+
+
+def test_muon_steps_matrices_by_torchs_muon_and_all_else_by_adamw() -> None:
+    """Against the two optimizers of torch side by side; biases are no matrices."""
+    models = [small(bias=True) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    joined = make_optimizer(arm_named("muon"), models[0], rate=0.02, table_rate=0.01)
+    blocks = list(models[1].blocks.parameters())
+    rest = [p for p in models[1].parameters() if all(p is not b for b in blocks)] + [p for p in blocks if p.ndim == 1]
+    apart = [
+        torch.optim.Muon([p for p in blocks if p.ndim == 2], lr=0.02, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    ids = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        for model, optimizers in zip(models, ([joined], apart), strict=True):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    assert not torch.equal(models[0].token.weight, small(bias=True).token.weight)
+
+
+def test_the_optimizers_that_move_within_their_step_train_and_go_ways_of_their_own(
+    tiny: Setting, tiny_text: Text
+) -> None:
+    """Each ends complete, and no two with the same losses; the first loss, before any step, is everybody's."""
+    names = ("adamw", "rotated", "rotated-hidden", "muon")
+    runs = [train(arm_named(name), 0.01, 0, tiny, tiny_text) for name in names]
+    assert all(run.complete and run.arm == name for run, name in zip(runs, names, strict=True))
+    assert len({run.losses[0] for run in runs}) == 1
+    assert len({run.losses[-1] for run in runs}) == len(names)
+
+
+def test_rotated_knows_the_heads_and_keeps_tables_at_their_rate() -> None:
+    optimizer = make_optimizer(arm_named("rotated", momentum=0.8), small(), rate=0.006)
+    assert isinstance(optimizer, tf.optim.Rotated)
+    assert "heads 2 x 8" in optimizer.table() and "hidden 64" not in optimizer.table()
+    assert [(group["lr"], group["betas"]) for group in optimizer.param_groups] == [
+        (0.006, (0.8, 0.98)),
+        (0.01, (0.8, 0.98)),
+    ]
+    assert "hidden 64" in make_optimizer(arm_named("rotated-hidden"), small(), rate=0.006).table()
+
+
+def test_a_teleport_cannot_be_attached_to_an_optimizer_with_moves_of_its_own() -> None:
+    with pytest.raises(
+        ValueError, match=r"base must be one of adamw, adam, sgd, adagrad, rmsprop, got 'rotated'; pass"
+    ):
+        arm_named("rotations", base="rotated")

@@ -105,7 +105,7 @@ def test_biases_move_as_the_finite_action_moves_them(form: str) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("form", "keep"), FORMS)
 def test_the_mean_is_over_the_draws(form: str, keep: bool, bias: bool) -> None:
-    action = MLPAction(*network((7, 5, 4, 3), 4, bias), form=form, keep_null_space=keep, bias=bias)
+    action = MLPAction(*network((7, 5, 4, 3), 3, bias), form=form, keep_null_space=keep, bias=bias)
     Ms = random_generators(action, 6, torch.Generator().manual_seed(3))
     each = [tf.curvature(action, [M[i] for M in Ms]) for i in range(6)]
     assert tf.curvature(action, Ms) == pytest.approx(sum(each) / 6, rel=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_a_head_where_no_trial_of_the_line_search_helps_stays(trial_of: Callable
         optimizer.step()
         unchanged += all(map(torch.equal, before, trial.model.parameters()))
     values = [record.objective_after for record in teleporter.history]
-    assert values == sorted(values, reverse=True)
+    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(values))
     assert unchanged >= 2
     assert teleporter.history[-1].radius_used == 0
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal
+from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal, Signs
 
 diagonals = pytest.mark.parametrize("group", [Diagonal(40), PositiveDiagonal(40), Diagonal(1)], ids=str)
 
@@ -80,3 +80,15 @@ def test_check_names_what_is_wrong(group: Diagonal, g: torch.Tensor, message: st
 def test_a_signed_diagonal_takes_negative_entries() -> None:
     g = torch.tensor([-2.0, 0.5])
     assert torch.equal(Diagonal(2).check(g, 1, "joint"), g[None])
+
+
+def test_signs_are_one_or_minus_one_and_never_all_one() -> None:
+    for width in (1, 2, 5):
+        g = Signs(width).random(64, 0.5, torch.Generator().manual_seed(0), torch.float64)
+        assert set(g.flatten().tolist()) <= {-1.0, 1.0}
+        assert bool((g == -1).any(1).all())
+        assert torch.equal(Signs(width).check(g, 64, "joint"), g)
+    assert Signs(5).dim == 0
+    assert not Signs(5).holds_stretches
+    with pytest.raises(ValueError, match="must have entries 1 or -1 for signs"):
+        Signs(2).check(torch.tensor([[1.0, 2.0]]), 1, "joint")

@@ -173,7 +173,7 @@ def test_the_radius_must_be_positive_and_finite(relu2: Trial, radius: float) -> 
 
 def test_symmetries_are_a_collection_of_joints(relu2: Trial) -> None:
     symmetries = relu2.symmetries
-    assert len(symmetries) == len(list(symmetries)) == 9
+    assert len(symmetries) == len(list(symmetries)) == 11
     assert VALUE_OUTPUT in symmetries
     assert "value-output" not in symmetries
     assert symmetries[VALUE_OUTPUT].kind == "value-output"
@@ -187,7 +187,7 @@ def test_joints_are_selected_by_kind_name_or_question(relu2: Trial) -> None:
     assert {j.kind for j in symmetries.select(lambda joint: joint.heads > 1)} == {"value-output", "query-key"}
     assert symmetries.select("neurons").findings == symmetries.findings
     assert symmetries.select("neurons").parameter("blocks.0.mlp.up.weight") is not None
-    with pytest.raises(ValueError, match=r"keep names no joint and no kind: \['residul'\]; kinds here are \['neurons'"):
+    with pytest.raises(ValueError, match=r"keep names no joint and no kind: \['residul'\]; kinds here are \['heads', 'neurons'"):
         symmetries.select(["residual", "residul"])
 
 
@@ -235,7 +235,7 @@ def test_explain_says_what_was_found_and_why_not(trial_of: Callable[..., Trial])
     assert "rejected: the activation is not homogeneous" in lines["blocks.0.mlp.up-down"]
     assert "rejected: gain of 'blocks.0.norm1' is not folded; call fold_norm_gains_" in lines["residual"]
     assert "a tied head keeps its gain" in lines["norm.readers"]
-    assert text.splitlines()[-1] == "10 joints, 320 continuous dimensions"
+    assert text.splitlines()[-1] == "14 joints, 320 continuous dimensions"
 
 
 def test_explain_marks_what_nobody_proved() -> None:

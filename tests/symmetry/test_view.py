@@ -166,3 +166,18 @@ def test_columns_that_need_three_strides_are_refused() -> None:
 def test_impossible_views_are_refused(arguments: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         View("w", 0, **{"heads": 1, "width": 2, **arguments})
+
+
+def test_heads_on_an_axis_of_their_own() -> None:
+    """Experts of a 3-D tensor: head e is tensor[e], its units a part of another axis."""
+    tensor = torch.arange(2 * 6 * 5.0).reshape(2, 6, 5)
+    rows = View("experts", 1, 2, 3, start=3, head_axis=0).of(tensor)
+    assert torch.equal(rows.flatten(2), tensor[:, 3:])
+    columns = View("experts", 2, 2, 5, head_axis=0).of(tensor)
+    assert torch.equal(columns.flatten(2), tensor.transpose(1, 2))
+
+
+@pytest.mark.parametrize(("axis", "heads"), [(1, 2), (3, 2), (0, 3)])
+def test_heads_that_do_not_lie_there_are_refused(axis: int, heads: int) -> None:
+    with pytest.raises(ValueError, match="view of 'experts': "):
+        View("experts", 1, heads, 3, head_axis=axis).of(torch.zeros(2, 6, 5))

@@ -1,0 +1,81 @@
+"""Candidates from a recorded call, without those that a role builder has found already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from teleport_fast.discovery.candidates import Candidate
+from teleport_fast.discovery.trace.record import record
+from teleport_fast.discovery.trace.tape import Tape
+from teleport_fast.symmetry.joint import Joint
+
+
+def beyond(proposals: Iterable[Candidate], found: Iterable[Joint]) -> list[Candidate]:
+    """The candidates that the joints found so far do not hold already.
+
+    What scales some rows makes another scale of them a part of it; a dense joint holds the permutations of its units.
+    """
+    found = list(found)
+    taken = {entry for joint in found for entry in entries(joint)}
+    dense = [{entry[1:] for entry in entries(joint)} for joint in found if joint.group.form == "dense"]
+
+    def fresh(candidate: Candidate) -> bool:
+        if not candidate.alternatives:
+            return True
+        joint = candidate.alternatives[0]
+        own = entries(joint)
+        held = joint.group.form == "permutation" and any({entry[1:] for entry in own} <= whole for whole in dense)
+        return taken.isdisjoint(own) and not held
+
+    return [candidate for candidate in proposals if fresh(candidate)]
+
+
+def entries(joint: Joint) -> set[tuple[tuple[str, bool], str, int, int]]:
+    """Where a joint acts, and how."""
+    how = (joint.group.form, joint.group.holds_stretches)
+    return {(how, view.parameter, view.axis, view.start) for view in joint.views()}
+
+
+def reasons(tape: Tape) -> dict[str, str]:
+    """For each parameter that stays, the first reason why."""
+    found = dict(tape.opaque)
+    for use in tape.uses:
+        known = [tape.units.reasons[u] for u in use.unit.tolist() if u in tape.units.reasons]
+        if known:
+            found.setdefault(use.parameter, known[0])
+    return found
+
+
+def record_model(model: nn.Module, call: Callable[[], Any]) -> Tape:
+    """The tape of one call of a model that is in eval mode already."""
+    return record(dict(model.named_parameters()), dict(model.named_buffers()), call)
+
+
+def record_on_meta(model: nn.Module, inputs: Any) -> Tape:
+    """The tape of a call on `meta`: shapes without numbers, so that nothing is computed and the model stays as it is."""
+
+    def ghosts(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("meta") for name, tensor in named}
+
+    def ghost(value: Any) -> Any:
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    parameters, buffers = ghosts(model.named_parameters()), ghosts(model.named_buffers())
+    keywords = tree_map(ghost, dict(inputs)) if isinstance(inputs, Mapping) else {}
+    positional = tuple(tree_map(ghost, inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return record(
+            parameters,
+            buffers,
+            lambda: functional_call(model, {**parameters, **buffers}, () if keywords else positional, keywords),
+        )
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,126 @@
+"""Where a model comes from: a function MODULE:FUNCTION, or a transformers folder or config on this machine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+NEEDED = "reading a transformers config needs transformers; pip install transformers"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in eval mode, what it is called with (None: to be guessed), and the folder its files came from."""
+
+    model: nn.Module
+    inputs: Any = None
+    folder: Path | None = None
+
+
+def load(where: str, config: Path | None = None, trust_remote_code: bool = False) -> Source:
+    """The model that `where` names: a folder with config.json (and weights), a config file, or MODULE:FUNCTION.
+
+    A folder's weights are read where it has safetensors files; a config alone gives random weights. Nothing is downloaded.
+    MODULE:FUNCTION imports and runs that function; a config runs none of its own code unless `trust_remote_code`.
+    Errors: ValueError for a name that is neither, a config that names code of its own, weights as pickles, or an unknown
+    architecture; ModuleNotFoundError where transformers is missing.
+    """
+    path = Path(where)
+    if config is not None or path.is_dir() or path.suffix == ".json":
+        file = config if config is not None else (path / "config.json" if path.is_dir() else path)
+        return _from_config(file, path if path.is_dir() else None, trust_remote_code)
+    return Source(*from_factory(where))
+
+
+def from_factory(factory: str) -> tuple[nn.Module, Any]:
+    """Calls `MODULE:FUNCTION`; its model, and its example inputs or None.
+
+    Raises ValueError that says which part of the name does not work.
+    """
+    module_name, colon, function_name = factory.partition(":")
+    if not colon or not module_name or not function_name:
+        raise ValueError(
+            f"factory must look like MODULE:FUNCTION, got {factory!r}; for example mymodel:build, or a folder with config.json"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise ValueError(f"factory names a module that does not import, got {factory!r}: {error}") from error
+    except AttributeError:
+        raise ValueError(f"factory names no function of {module_name}, got {factory!r}; check the name") from None
+    built = function()
+    model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"factory must return a torch.nn.Module, got {type(model).__name__} from {factory!r}")
+    return model, inputs
+
+
+def _from_config(file: Path, folder: Path | None, trust_remote_code: bool) -> Source:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config must be a readable file, got {str(file)!r} ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise ValueError(f"config must hold JSON, got {str(file)!r}: {error}") from None
+    if not isinstance(settings, dict) or "model_type" not in settings:
+        raise ValueError(f"config must be a transformers config with a model_type, got {str(file)!r}; save it with the model")
+    if "auto_map" in settings and not trust_remote_code:
+        raise ValueError(
+            f"config {str(file)!r} names code of its own (auto_map), which is not run; "
+            f"pass --trust-remote-code if you have read that code"
+        )
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(NEEDED) from error
+    # Eager attention: fused kernels may round differently from one call to the next, which a proof would see.
+    common: dict[str, Any] = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=trust_remote_code)
+        auto = _auto_class(transformers, config)
+        if folder is not None and _weights(folder):
+            model = auto.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True, **common)
+        else:
+            model = auto.from_config(config, **common)
+    except (OSError, KeyError, ValueError, AttributeError, TypeError, ImportError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"transformers cannot build a model from {str(file)!r}: {first}") from error
+    return Source(model.eval(), None, folder)
+
+
+def _auto_class(transformers: Any, config: Any) -> Any:
+    """The auto class whose table holds the architecture that the config names, else the bare model."""
+    wanted = (getattr(config, "architectures", None) or [None])[0]
+    names = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForImageClassification")
+    for name in (*names, "AutoModelForSequenceClassification"):
+        auto = getattr(transformers, name)
+        if wanted is not None and any(model.__name__ == wanted for model in _models(auto, config)):
+            return auto
+    return transformers.AutoModel
+
+
+def _models(auto: Any, config: Any) -> tuple[Any, ...]:
+    found = auto._model_mapping.get(type(config), None)
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,) if found is not None else ()
+
+
+def _weights(folder: Path) -> bool:
+    """Whether the folder has safetensors weights. Errors: ValueError for weights that are pickles alone."""
+    if any(folder.glob("*.safetensors")):
+        return True
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"weights must be safetensors, got {pickles[0]!r} in {str(folder)!r}; a pickle can run code, "
+            f"convert it where you trust it with model.save_pretrained(..., safe_serialization=True)"
+        )
+    return False

@@ -1,0 +1,151 @@
+"""When and how `Rotated`'s bases turn: covariances at every step, one orthogonal iteration every few, moments along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport_fast.ops.checks import accumulation_dtype
+from teleport_fast.ops.covariance import covariance_
+from teleport_fast.ops.group_action import group_action_
+from teleport_fast.optim.assigned import Owner
+from teleport_fast.optim.bases import next_basis
+from teleport_fast.optim.sides import Side
+
+AXES = ("rows", "columns")
+# Devices where Householder's QR is no slower than the Cholesky factor's: on a CPU 0.8 to 0.9 of its time (h 64 to 512).
+HOUSEHOLDER = ("cpu",)
+State = Mapping[Tensor, dict[str, Any]]
+Groups = list[dict[str, Any]]
+
+
+def view_of(tensor: Tensor, axis: int, heads: int) -> Tensor:
+    """The (heads, width, rest) alias of a matrix whose `axis` is heads × width.
+
+    >>> view_of(torch.ones(6, 4), 0, 2).shape, view_of(torch.ones(6, 4), 1, 1).shape
+    (torch.Size([2, 3, 4]), torch.Size([1, 4, 6]))
+    """
+    return (tensor if axis == 0 else tensor.mT).unflatten(0, (heads, -1))
+
+
+class Refresh:
+    """Every side's covariance takes up each gradient; every `every` of them its basis turns, and first moments with it."""
+
+    def __init__(self, every: int, hidden_every: int, decay: float, basis_dtype: torch.dtype | None) -> None:
+        for name, value in (("every", every), ("hidden_every", hidden_every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; 3 is the default")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), got {decay}; 0.95 is the default")
+        if basis_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"basis_dtype must be None, torch.float32 or torch.bfloat16, got {basis_dtype}; pass one of these"
+            )
+        self.every, self.hidden_every, self.decay, self.basis_dtype = every, hidden_every, decay, basis_dtype
+        # (flags on their way to the host, the event after which they are there) by owner; only off the CPU
+        self._pending: dict[Owner, tuple[Tensor, Any]] = {}
+
+    def dtype_for(self, parameter: Tensor) -> torch.dtype:
+        """What bases and covariances of this parameter are kept in."""
+        return self.basis_dtype or accumulation_dtype(parameter.dtype)
+
+    def basis(self, groups: Groups, state: State, owner: Owner | None) -> Tensor | None:
+        """(heads, h, h), rows are the basis vectors; None for a side that is not turned."""
+        if owner is None:
+            return None
+        g, i, axis = owner
+        basis: Tensor = state[groups[g]["params"][i]][f"{AXES[axis]}_basis"]
+        return basis
+
+    def forget(self) -> None:
+        """Drop what belongs to a state that is gone."""
+        self._pending = {}
+
+    def step_(self, groups: Groups, state: State, members: dict[Owner, list[tuple[Owner, Side]]]) -> None:
+        """Take up the gradients of `members` (sides by owner), and turn the bases that are due."""
+        due: dict[tuple[Any, ...], list[Owner]] = {}
+        for owner, sides in members.items():
+            holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
+            views = [view_of(groups[g]["params"][i].grad, a, side.heads) for (g, i, a), side in sides]
+            entry = state[holder]
+            if f"{axis}_basis" not in entry:
+                _begin(entry, axis, views[0], self.dtype_for(holder))
+            _observe_(entry[f"{axis}_covariance"], views, self.decay, accumulation_dtype(holder.dtype))
+            entry[f"{axis}_age"] += 1
+            age = int(entry[f"{axis}_age"])
+            period = self.hidden_every if sides[0][1].kind == "hidden" else self.every
+            if age % period == 0:
+                basis = entry[f"{axis}_basis"]
+                # a first basis is cold, and its images are far from orthogonal
+                cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
+                key = (basis.shape, holder.dtype, basis.device, cold, len(sides))
+                due.setdefault(key, []).append(owner)
+        for (shape, dtype, _, by_householder, _), owners in due.items():
+            self._turn_(groups, state, members, owners, shape[0], accumulation_dtype(dtype), by_householder)
+
+    def _turn_(
+        self,
+        groups: Groups,
+        state: State,
+        members: dict[Owner, list[tuple[Owner, Side]]],
+        owners: list[Owner],
+        heads: int,
+        dtype: torch.dtype,
+        by_householder: bool,
+    ) -> None:
+        entries = [(state[groups[g]["params"][i]], AXES[axis]) for g, i, axis in owners]
+        before = torch.cat([entry[f"{axis}_basis"] for entry, axis in entries]).to(dtype)
+        covariance = torch.cat([entry[f"{axis}_covariance"] for entry, axis in entries]).to(dtype)
+        after, ill = next_basis(covariance, before, by_householder)
+        for index, (owner, (entry, axis)) in enumerate(zip(owners, entries, strict=True)):
+            rows = slice(index * heads, (index + 1) * heads)
+            entry[f"{axis}_basis"].copy_(after[rows])
+            if before.device.type not in HOUSEHOLDER:
+                self._send(owner, entry, axis, ill[rows].any())
+        moments = [
+            view_of(state[groups[g]["params"][i]]["exp_avg"], a, side.heads)
+            for owner in owners
+            for (g, i, a), side in members[owner]
+        ]
+        group_action_(moments, [], after @ before.mT, joints=len(owners))
+
+    def _send(self, owner: Owner, entry: dict[str, Any], axis: str, ill: Tensor) -> None:
+        """Keep the flag, and let it travel: the next refresh finds it on the host without waiting."""
+        flag = entry[f"{axis}_ill"] = ill
+        event = None
+        host = flag.to("cpu", non_blocking=True)
+        if flag.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._pending[owner] = (host, event)
+
+    def _was_ill(self, owner: Owner, entry: dict[str, Any], axis: str) -> bool:
+        host, event = self._pending.pop(owner, (None, None))
+        if event is not None:
+            event.synchronize()
+        if host is None:
+            host = entry.get(f"{axis}_ill")
+        return host is not None and bool(host)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": {}}
+
+
+def _begin(entry: dict[str, Any], axis: str, view: Tensor, dtype: torch.dtype) -> None:
+    heads, width = view.shape[:2]
+    eye = torch.eye(width, dtype=dtype, device=view.device)
+    entry[f"{axis}_basis"] = eye.expand(heads, width, width).clone()
+    entry[f"{axis}_covariance"] = torch.zeros(heads, width, width, dtype=dtype, device=view.device)
+    entry[f"{axis}_age"] = torch.zeros((), dtype=torch.float32)
+
+
+def _observe_(covariance: Tensor, views: list[Tensor], decay: float, dtype: torch.dtype) -> None:
+    wide = covariance if covariance.dtype in (torch.float32, torch.float64) else covariance.to(dtype)
+    if wide.dtype == torch.float32:
+        views = [view.float() if view.dtype == torch.float64 else view for view in views]
+    covariance_(wide, views, decay)
+    if wide is not covariance:
+        covariance.copy_(wide)
