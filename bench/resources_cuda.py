@@ -1,4 +1,7 @@
-"""Compiles csrc/cuda/*.cu for three architectures and tables each kernel's registers, spills and shared memory."""
+"""Compiles csrc/cuda/*.cu for three architectures and prints each kernel's registers, spills and static shared memory.
+
+Exits with 1 where one spills. bench/resources.py writes the table.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,17 @@ class Kernel:
 
 def nvcc() -> str | None:
     return shutil.which("nvcc")
+
+
+@cache
+def version() -> str:
+    """The compiler's release, such as 13.0.88, or an empty string."""
+    compiler = nvcc()
+    if compiler is None:
+        return ""
+    printed = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", printed)
+    return found[1] if found else printed.strip()
 
 
 def parse(source: str, architecture: str, log: str) -> list[Kernel]:
@@ -93,8 +107,7 @@ def compile_one(source: Path, architecture: str) -> list[Kernel]:
 @cache
 def fingerprint(source: Path, compiler: str) -> str:
     """Of all that decides the log: the compiler's version, the file and every header beside it."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(version.encode())
+    digest = hashlib.sha256(f"{compiler} {version()}".encode())
     for path in (source, *sorted(SOURCES.glob("*.h"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -108,31 +121,8 @@ def resources(architectures: tuple[str, ...] = ARCHITECTURES, jobs: int = 2) -> 
     return sorted(found, key=lambda k: (k.source, k.name, architectures.index(k.architecture)))
 
 
-def table(kernels: list[Kernel]) -> str:
-    """The markdown table, one row per kernel, registers by architecture."""
-    architectures = list(dict.fromkeys(kernel.architecture for kernel in kernels))
-    rows: dict[tuple[str, str], dict[str, Kernel]] = {}
-    for kernel in kernels:
-        rows.setdefault((kernel.source, kernel.name), {})[kernel.architecture] = kernel
-    lines = [
-        "# Resources of the CUDA kernels",
-        "",
-        "Written by `python bench/resources_cuda.py`. Registers per thread, bytes of spills (stores and loads), static "
-        "shared memory in bytes; dynamic shared memory depends on the sizes and is the planner's.",
-        "",
-        f"| file | kernel | {' | '.join(f'registers {a}' for a in architectures)} | spills | static shared |",
-        f"| --- | --- | {' | '.join('---:' for _ in architectures)} | ---: | ---: |",
-    ]
-    for (source, name), on in rows.items():
-        registers = " | ".join(str(on[a].registers) if a in on else "–" for a in architectures)
-        spills, shared = sum(k.spill_bytes for k in on.values()), max(k.static_shared_bytes for k in on.values())
-        lines.append(f"| {source} | `{name}` | {registers} | {spills} | {shared} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "resources_cuda.md")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     try:
@@ -140,10 +130,10 @@ def main() -> int:
     except RuntimeError as problem:
         print(problem, file=sys.stderr)
         return 1
-    arguments.out.write_text(table(kernels), encoding="utf-8")
-    spilling = [f"{k.source} {k.name} {k.architecture}: {k.spill_bytes} bytes" for k in kernels if k.spill_bytes]
-    print(f"{len(kernels)} kernels, {len(spilling)} of them spill; {arguments.out}")
-    print("\n".join(spilling), end="\n" if spilling else "")
+    for k in kernels:
+        print(f"{k.source} {k.name} {k.architecture}: {k.registers} registers, {k.static_shared_bytes} bytes of static shared memory")
+    spilling = [f"{k.source} {k.name} {k.architecture}: {k.spill_bytes} bytes spilled" for k in kernels if k.spill_bytes]
+    print("\n".join(spilling), file=sys.stderr, end="\n" if spilling else "")
     return 1 if spilling else 0
 
 

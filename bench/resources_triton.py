@@ -1,9 +1,9 @@
 """Compiles every Triton kernel at every shipped configuration without a GPU; tables registers, spills, shared memory.
 
-    python bench/resources_triton.py [--only TEXT] [--targets sm_80,gfx942] [--jobs 2] [--out FILE]
+    python bench/resources_triton.py [--only TEXT] [--targets sm_80,gfx942] [--jobs 2]
 
 Exits with 1 and one line per failure where a configuration does not compile, spills, or needs more shared memory than
-its target has. Run it without TRITON_INTERPRET: interpreted functions cannot be compiled.
+its target has. Run it without TRITON_INTERPRET: interpreted functions cannot be compiled. bench/resources.py writes the table.
 """
 
 from __future__ import annotations
@@ -106,55 +106,51 @@ def measure(label: str, target: str) -> Resources | str:
         return f"{type(error).__name__}: {str(error)[:300]}"
 
 
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def collect(
+    only: str, targets: list[str], jobs: int
+) -> tuple[list[tuple[str, int, dict[str, Resources | str]]], list[str]]:
+    """(label, warps, what it takes by target) of every configuration asked for, and one line for each that fails."""
+    patterns, known = only.split("|"), shipped()
+    labels = {c.label for c in known}
+    wanted = [c for c in known if any(p == c.label if p in labels else p in c.label for p in patterns)]
+    rows, failures = [], []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, sys.path.insert, (0, str(ROOT))) as pool:
+        results = pool.map(measure, [c.label for c in wanted for _ in targets], targets * len(wanted))
+        for configuration in wanted:
+            found = {target: next(results) for target in targets}
+            for target, taken in found.items():
+                where = f"{configuration.label} on {target}"
+                if isinstance(taken, str):
+                    failures.append(f"{where}: {taken}")
+                elif taken.spills:
+                    failures.append(f"{where}: {taken.spills} bytes spilled")
+                elif taken.shared > TARGETS[target][3] * 1024:
+                    failures.append(f"{where}: {taken.shared} bytes of shared memory")
+            rows.append((configuration.label, configuration.num_warps, found))
+            print(rows[-1][0], file=sys.stderr, flush=True)
+    return rows, failures
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="a label, or text that labels contain; several are split by |")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated: " + ", ".join(TARGETS))
     parser.add_argument("--jobs", type=int, default=2, help="compilers at once (default: 2)")
-    parser.add_argument("--out", type=Path, help="file for the table (default: print it)")
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    if interpreted():
         parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
-    import triton
-
-    targets = options.targets.split(",")
-    rows, failures, start = [], [], time.perf_counter()
-    patterns, known = options.only.split("|"), shipped()
-    labels = {c.label for c in known}
-    wanted = [c for c in known if any(p == c.label if p in labels else p in c.label for p in patterns)]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, spawn, sys.path.insert, (0, str(ROOT))) as pool:
-        results = pool.map(measure, [c.label for c in wanted for _ in targets], targets * len(wanted))
-        for configuration in wanted:
-            cells = []
-            for target in targets:
-                found = next(results)
-                if isinstance(found, str):
-                    failures.append(f"{configuration.label} on {target}: {found}")
-                    cells.append("fails")
-                    continue
-                cells.append(f"{found.registers} / {found.spills} / {found.shared / 1024:.1f}")
-                if found.spills:
-                    failures.append(f"{configuration.label} on {target}: {found.spills} bytes spilled")
-                if found.shared > TARGETS[target][3] * 1024:
-                    failures.append(f"{configuration.label} on {target}: {found.shared} bytes of shared memory")
-            rows.append(f"| {configuration.label} | {configuration.num_warps} | " + " | ".join(cells) + " |")
-            print(rows[-1], file=sys.stderr, flush=True)
-    head = [
-        f"| kernel, configuration | warps | {' | '.join(targets)} |",
-        "| --- | --- | " + " | ".join("---" for _ in targets) + " |",
-    ]
-    text = "\n".join(head + rows) + "\n"
-    if options.out:
-        title = "# What the Triton kernels take\n\n"
-        legend = (
-            f"`python bench/resources_triton.py --out bench/resources_triton.md`, triton {triton.__version__}, no GPU: "
-            f"registers per thread / bytes spilled per thread / KiB of shared memory per program. "
-            f"Speed: unmeasured.\n\n"
-        )
-        options.out.write_text(title + legend + text)
-    else:
-        print(text, end="")
+    start, targets = time.perf_counter(), options.targets.split(",")
+    rows, failures = collect(options.only, targets, options.jobs)
+    print(f"| kernel, configuration | warps | {' | '.join(targets)} |")
+    print("| --- | --- | " + " | ".join("---" for _ in targets) + " |")
+    for label, warps, found in rows:
+        cells = ["fails" if isinstance(f, str) else f"{f.registers} / {f.spills} / {f.shared / 1024:.1f}" for f in found.values()]
+        print(f"| {label} | {warps} | {' | '.join(cells)} |")
     print(f"{len(rows)} configurations, {len(targets)} targets, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for failure in failures:
         print(f"resources_triton: {failure}", file=sys.stderr)

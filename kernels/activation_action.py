@@ -22,7 +22,7 @@ from teleport_fast.kernels.configuration import Configuration
 from teleport_fast.kernels.views import TRITON_TYPES, TYPE_NAMES, accumulator, launches_on
 
 # Rows, columns and depth of a tile and warps, by bytes of an entry and by whether h ≤ 16. Chosen so that nothing spills
-# on any target (bench/resources_triton.md); speed unmeasured, no GPU was at hand.
+# on any target (bench/resources.md); speed unmeasured, no GPU was at hand.
 TUNED = {
     2: {True: (16, 128, 16, 4), False: (64, 64, 32, 8)},
     4: {True: (16, 128, 16, 4), False: (64, 64, 16, 8)},

@@ -20,7 +20,7 @@ from teleport_fast.kernels.configuration import Configuration
 from teleport_fast.kernels.gram import grams, padded, total, widest_accumulator
 from teleport_fast.kernels.views import TRITON_TYPES, launches_on
 
-# Warps by bytes of an entry and padded width. Chosen so that nothing spills on any target (bench/resources_triton.md);
+# Warps by bytes of an entry and padded width. Chosen so that nothing spills on any target (bench/resources.md);
 # speed unmeasured, no GPU was at hand.
 TUNED = {4: {16: 4, 32: 4, 64: 8}, 8: {16: 4, 32: 4}}
 

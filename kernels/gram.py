@@ -35,7 +35,7 @@ from teleport_fast.kernels.views import (
 )
 
 # Columns of a tile, warps and pipeline stages, by bytes of an entry and padded width. Chosen so that nothing spills on
-# any target (bench/resources_triton.md); speed unmeasured, no GPU was at hand.
+# any target (bench/resources.md); speed unmeasured, no GPU was at hand.
 TUNED = {
     2: {16: (128, 4, 3), 32: (128, 4, 3), 64: (64, 4, 3), 128: (32, 8, 3)},
     4: {16: (128, 4, 3), 32: (64, 4, 3), 64: (32, 8, 3), 128: (32, 8, 1)},

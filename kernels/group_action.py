@@ -39,7 +39,7 @@ from teleport_fast.kernels.views import (
 )
 
 # Columns of a tile and warps, by bytes of an entry and padded width. Chosen so that nothing spills on any target
-# (bench/resources_triton.md); speed unmeasured, no GPU was at hand.
+# (bench/resources.md); speed unmeasured, no GPU was at hand.
 TUNED = {
     2: {16: (128, 4), 32: (128, 4), 64: (64, 4), 128: (32, 8)},
     4: {16: (128, 4), 32: (64, 4), 64: (32, 8), 128: (32, 8)},

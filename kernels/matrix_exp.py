@@ -25,7 +25,7 @@ from teleport_fast.kernels.gram import padded
 from teleport_fast.kernels.views import TRITON_TYPES, TYPE_NAMES, accumulator, launches_on
 
 # Warps, and whether products are whole or in pieces, by bytes of the accumulator and padded width. Chosen so that
-# nothing spills on any target (bench/resources_triton.md); speed unmeasured, no GPU was at hand.
+# nothing spills on any target (bench/resources.md); speed unmeasured, no GPU was at hand.
 TUNED = {4: {16: (4, True), 32: (4, True), 64: (8, False)}, 8: {16: (4, True)}}
 PROGRAMS = 512  # at once, where they need scratch: 16 MiB of it at h = 64
 # Blocks of four terms after the first: the remainder at ‖M²‖ = 4 is 2¹⁶/16! (float32), 2²⁴/24! (float64): under an ulp.

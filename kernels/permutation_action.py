@@ -34,7 +34,7 @@ from teleport_fast.kernels.views import (
     tile,
 )
 
-# Entries of a tile and warps. Chosen so that nothing spills on any target (bench/resources_triton.md): 8192 of 4 bytes
+# Entries of a tile and warps. Chosen so that nothing spills on any target (bench/resources.md): 8192 of 4 bytes
 # spilled 16 bytes a thread, 16384 of 2 bytes 2,800. Speed unmeasured, no GPU was at hand.
 ENTRIES, WARPS = 4096, 16
 # Padded widths, and the most columns of a tile: few enough that all configurations compile in CI.

@@ -37,7 +37,7 @@ from teleport_fast.kernels.views import (
 )
 
 # Entries of a tile and warps, by bytes of an entry. Chosen so that nothing spills on any target
-# (bench/resources_triton.md); speed unmeasured, no GPU was at hand.
+# (bench/resources.md); speed unmeasured, no GPU was at hand.
 TUNED = {2: (4096, 16), 4: (2048, 8), 8: (2048, 8)}
 # Tiles per program: fewer than 4 and the partial sums pass 5% of the traffic; programs to aim at: unmeasured.
 FEWEST_TILES, MOST_TILES, PROGRAMS = 8, 32, 2048

@@ -36,7 +36,7 @@ from teleport_fast.kernels.views import (
 )
 
 # Entries of a tile and warps, by bytes of an entry. Chosen so that nothing spills on any target
-# (bench/resources_triton.md); speed unmeasured, no GPU was at hand.
+# (bench/resources.md); speed unmeasured, no GPU was at hand.
 TUNED = {2: (1024, 8), 4: (1024, 8), 8: (1024, 8)}
 # Tiles per program, and programs to aim at: unmeasured.
 FEWEST_TILES, MOST_TILES, PROGRAMS = 8, 32, 2048
