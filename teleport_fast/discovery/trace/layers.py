@@ -33,7 +33,7 @@ def product(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     if name == "linear":
         bias, x, w = (args[2] if len(args) > 2 else None), x, w
     known = tape.known(w)
-    if isinstance(known, Alias) and known.view.ndim == 3 and known.view.stride(0) == 0:
+    if isinstance(known, Alias) and known.view.ndim == 3 and (known.view.stride(0) == 0 or len(known.view) == 1):
         known = Alias(known.name, known.view[0], known.shift)  # one weight, expanded over a batch
     if isinstance(known, Alias) and known.view.ndim == 2 and not known.shift and name not in ("matmul", "mv"):
         dims = (1, 0) if name == "linear" else (0, 1)

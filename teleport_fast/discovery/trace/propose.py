@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
@@ -62,8 +63,12 @@ def record_on_meta(model: nn.Module, inputs: Any) -> Tape:
     def ghosts(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         return {name: tensor.detach().to("meta") for name, tensor in named}
 
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
     def ghost(value: Any) -> Any:
-        return value.to("meta") if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return value.to("meta", dtype) if value.is_floating_point() else value.to("meta")
 
     parameters, buffers = ghosts(model.named_parameters()), ghosts(model.named_buffers())
     keywords = tree_map(ghost, dict(inputs)) if isinstance(inputs, Mapping) else {}
