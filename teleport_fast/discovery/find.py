@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from teleport_fast.discovery.candidates import Candidate, Views, candidates
 from teleport_fast.discovery.flow import Flow
 from teleport_fast.discovery.gains import is_norm
+from teleport_fast.discovery.guards import notes, stuck
 from teleport_fast.discovery.inputs import guess_inputs
 from teleport_fast.discovery.norms import norm_proposals
 from teleport_fast.discovery.residual import residual_candidate, stream_width, streams
@@ -50,8 +51,8 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
     tensors = named_tensors(model)
     if not tensors:
         raise ValueError("model has no parameters, so it has no symmetries; pass a model with parameters")
-    prover = None
-    if verify:
+    prover, remarks = None, list(notes(model))
+    if verify and not any(tensor.is_meta for tensor in tensors.values()):
         prover = Prover(model, guess_inputs(model) if example_inputs is None else example_inputs)
     proposals, findings = _propose(model, prover)
     joints: list[Joint] = []
@@ -67,7 +68,8 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
         decide(candidate)
     left_over = _skipped(model, proposals, findings, {})
     orders = {c.name for c in proposals if any(joint.group.form == "permutation" for joint in c.alternatives)}
-    refuted = any(finding.name in orders and finding.status == "rejected" for finding in findings)
+    rejected = {finding.name for finding in findings if finding.status == "rejected"}
+    refuted = bool(rejected if prover is None else rejected & orders)
     if left_over or refuted or _open_space(model, joints):
         tape = _tape(model, example_inputs, prover)
         seen = [] if tape is None else list(traced(tape))
@@ -77,7 +79,7 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
         for candidate in more:
             decide(candidate)
         left_over = _skipped(model, [*proposals, *more], findings, {} if tape is None else reasons(tape))
-    findings += left_over
+    findings += [*left_over, *remarks]
     if prover is not None and prover.casts:
         reason = f"its forward casts to float32 {prover.casts} times, proven with these in float64"
         findings.append(Finding("model", "float32", "noted", reason))
@@ -165,9 +167,9 @@ def _first_that_holds(
 
     if not candidate.alternatives:
         return rejected(candidate.otherwise)
-    stuck = frozen(candidate.alternatives[0], tensors)
-    if stuck:
-        return rejected(f"{stuck[0]!r} is frozen (requires_grad=False), a move would change it")
+    why = stuck(candidate.alternatives[0], tensors)
+    if why is not None:
+        return rejected(why)
     if prover is None:
         joint = candidate.alternatives[0]
         if not candidate.known and (len(candidate.alternatives) > 1 or candidate.kind not in TRUSTED):
@@ -195,11 +197,6 @@ def _first_that_holds(
         smallest = min(smallest, proof.deviation)
     dropout = "; the model has dropout, and a dense move mixes what a mask cuts" if prover.drops_units else ""
     return rejected(candidate.otherwise + dropout, smallest)
-
-
-def frozen(joint: Joint, tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the joint's parameters that do not train; buffers never do, and move all the same."""
-    return [name for name in joint.parameters() if name in tensors and not tensors[name].requires_grad]
 
 
 def _skipped(

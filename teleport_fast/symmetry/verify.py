@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.symmetry.plain_copy import plain_copy
 from teleport_fast.symmetry.widen import WideCasts
 
 
@@ -63,7 +63,7 @@ class Prover:
     """
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
+        self.model = plain_copy(model)
         self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
         self.casts = 0
         self._forward = _caller(self.model, inputs)

@@ -30,7 +30,7 @@ def reasons(symmetries: Symmetries) -> dict[str, str]:
     return {
         finding.name.removeprefix("blocks.0."): f"{finding.status}: {finding.reason}"
         for finding in symmetries.findings
-        if finding.status != "found"
+        if finding.status not in ("found", "noted")
     }
 
 

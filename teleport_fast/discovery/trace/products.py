@@ -86,10 +86,14 @@ def contract(tape: Tape, a: Any, b: Any, out: Tensor) -> Any:  # NotImplemented 
     x, y = _level(tape, x, 1, 2), _level(tape, y, 2, 1)
     left = x is not None and _flat(x, 2)
     right = y is not None and _flat(y, 1)
-    if (x is not None and not left) or (y is not None and not right):
+    if x is not None and right and not left:
+        units.pin(x, "it meets a weight that is computed")
+        x = None
+    elif y is not None and left and not right:
+        units.pin(y, "it meets a weight that is computed")
+    elif (x is not None and not left) or (y is not None and not right):
         return NotImplemented
-    if left and right:
-        assert x is not None
+    if left and right and x is not None:
         units.pin(x, "two values that both hold units are multiplied")
         left = False
     passing = x if left else y

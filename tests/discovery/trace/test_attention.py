@@ -165,10 +165,8 @@ class TimmAttention(nn.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        if self.fused:
-            x = F.scaled_dot_product_attention(q, k, v)
-        else:
-            x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        x = F.scaled_dot_product_attention(q, k, v) if self.fused else scores.softmax(dim=-1) @ v
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
