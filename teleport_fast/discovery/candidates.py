@@ -300,4 +300,6 @@ def norm_candidate(
         if minus and all(slot.in_features == width for slot in slots):
             alternatives.append(Joint(f"{name}.readers", "norm-readers", Diagonal(width), 1, width, plus, minus))
     reason = "no set of linear layers reads this norm alone (a tied head keeps its gain)"
+    if not alternatives:
+        reason = "no linear layer was seen to read it: its gain acts on what goes on from here"
     return Candidate(f"{name}.readers", "norm-readers", tuple(alternatives), reason)

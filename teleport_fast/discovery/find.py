@@ -107,7 +107,7 @@ def _propose(model: nn.Module, prover: Prover | None) -> tuple[list[Candidate], 
             findings.append(Finding("residual", "residual", "rejected", "known only by proof; call with verify=True"))
         return proposals, findings
     before = len(proposals)
-    proposals += [residual_candidate(name, stream) for name, stream in streams(watched, found, views, flow)]
+    proposals += [residual_candidate(*stream) for stream in streams(watched, found, views, flow)]
     if len(proposals) == before and width is not None:
         reason = f"no stream of width {width}: nothing writes one outside a chain"
         findings.append(Finding("residual", "residual", "rejected", reason))

@@ -21,6 +21,11 @@ _SELECTS = frozenset(
 # Functions whose result lies in the space of all their operands: a rotation of one is a rotation of all.
 _SUMS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__", "sub", "__sub__", "iadd"))
 _JOINS = frozenset(("cat", "concat", "where"))
+# Functions entry by entry: an order of units survives them, a rotation does not.
+_POINTWISE = frozenset(
+    ("relu", "relu_", "relu6", "gelu", "silu", "tanh", "sigmoid", "softplus", "leaky_relu", "elu", "selu", "mish", "prelu",
+     "hardswish", "hardtanh", "pow", "__pow__", "square", "exp", "clamp", "abs")
+)  # fmt: skip
 _SCALES = frozenset(("mul", "__mul__", "__rmul__", "mul_", "__imul__", "div", "__truediv__"))
 
 
@@ -46,15 +51,16 @@ class Flow(TorchFunctionMode):
 
     `feeds(writer, reader)` tells whether a module was given vectors that another returned. `spaces_in`, `spaces_out` and
     `space_of` name the spaces of a module's inputs and outputs and of a parameter used directly; `multiplies` tells
-    whether a parameter scales a space entry by entry; `summed` are the spaces in which tensors were added. Works on
-    meta tensors too: memory is told apart by its storage object, not its address.
+    whether a parameter scales a space entry by entry; `summed` are the spaces in which tensors were added. With `units`
+    a space is one of units in an order, which activations and products entry by entry keep too. Works on meta tensors:
+    memory is told apart by its storage object, not its address.
     """
 
     def __init__(self, model: nn.Module, call: Callable[[], Any]) -> None:
         super().__init__()
         self._inputs: dict[int, list[int]] = {}
         self._outputs: dict[int, list[int]] = {}
-        self._vectors, self._spaces = _Classes(), _Classes()
+        self._vectors, self._spaces, self._units = _Classes(), _Classes(), _Classes()
         self._tied: dict[tuple[int, int], int] = {}
         self._kept: list[Any] = []  # alive until the call ends, so that no memory is used twice
         self._parameters = {_memory(p) for p in model.parameters()}
@@ -79,22 +85,31 @@ class Flow(TorchFunctionMode):
         if name in _SELECTS or name in _SUMS or name in _JOINS:
             operands = [x for x in tree_leaves(args) if _wide(x) and x.shape[-1] == result.shape[-1]]
             if operands:
-                if name in _SELECTS:
+                if name in _SELECTS or (name in _JOINS and len(operands) == 1):  # joined to an empty cache
                     self._vectors.unite(self._hold([result, *operands[:1]]))
-                self._spaces.unite(self._hold([result, *operands]))
+                self._unite(self._hold([result, *operands]))
             if name in _SUMS and len(operands) > 1:
                 self._summed.add(_memory(result))
         elif name in _SCALES:
             self._scale(result, [x for x in args if isinstance(x, Tensor)])
+        elif name in _POINTWISE:
+            self._units.unite(self._hold([result, *(x for x in args[:1] if _wide(x))]))
         return result
 
+    def _unite(self, memories: list[int]) -> None:
+        self._spaces.unite(memories)
+        self._units.unite(memories)
+
     def _scale(self, result: Tensor, operands: list[Tensor]) -> None:
-        """x · number and x · parameter stay in x's space; the latter marks the parameter as a gain of it."""
+        """x · number (one, or one per vector) and x · parameter stay in x's space; the latter is a gain of it."""
         wide = [x for x in operands if x.shape == result.shape and _memory(x) not in self._parameters]
         gains = [x for x in operands if _memory(x) in self._parameters and _wide(x)]
-        if len(wide) != 1 or len(wide) + len(gains) + sum(x.numel() == 1 for x in operands) < len(operands):
+        numbers = [x for x in operands if not x.ndim or x.shape[-1] == 1]
+        if len(wide) > 1:  # a gate
+            self._units.unite(self._hold([result, *wide]))
+        if len(wide) != 1 or len(wide) + len(gains) + len(numbers) < len(operands):
             return
-        self._spaces.unite(self._hold([result, *wide, *gains]))
+        self._unite(self._hold([result, *wide, *gains]))
         self._scaled.update(_memory(x) for x in gains)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -103,7 +118,7 @@ class Flow(TorchFunctionMode):
         self._inputs.setdefault(id(module), []).extend(inputs)
         self._outputs.setdefault(id(module), []).extend(outputs)
         if is_norm(module) and inputs and outputs:
-            self._spaces.unite((inputs[0], outputs[0]))
+            self._unite([inputs[0], outputs[0]])
         layer = layer_of(module)
         if layer is not None and inputs and outputs:
             for tensor, axis in layer.columns[:1]:
@@ -115,7 +130,7 @@ class Flow(TorchFunctionMode):
 
     def _tie(self, key: tuple[int, int], memory: int) -> None:
         """What one axis of one weight serves shares a basis, in every call and under every name of the weight."""
-        self._spaces.unite((self._tied.setdefault(key, memory), memory))
+        self._unite([self._tied.setdefault(key, memory), memory])
 
     def _hold(self, tensors: list[Tensor]) -> list[int]:
         with torch._C.DisableTorchFunction():
@@ -126,14 +141,21 @@ class Flow(TorchFunctionMode):
         written = {self._vectors.root(memory) for memory in self._outputs.get(id(writer), ())}
         return any(self._vectors.root(memory) in written for memory in self._inputs.get(id(reader), ()))
 
-    def spaces_in(self, module: nn.Module) -> set[int]:
-        return {self._spaces.root(memory) for memory in self._inputs.get(id(module), ())}
+    def _classes(self, units: bool) -> _Classes:
+        return self._units if units else self._spaces
 
-    def spaces_out(self, module: nn.Module) -> set[int]:
-        return {self._spaces.root(memory) for memory in self._outputs.get(id(module), ())}
+    def spaces_in(self, module: nn.Module, units: bool = False) -> set[int]:
+        return {self._classes(units).root(memory) for memory in self._inputs.get(id(module), ())}
 
-    def space_of(self, parameter: Tensor) -> int:
-        return self._spaces.root(_memory(parameter))
+    def spaces_out(self, module: nn.Module, units: bool = False) -> set[int]:
+        return {self._classes(units).root(memory) for memory in self._outputs.get(id(module), ())}
+
+    def space_of(self, parameter: Tensor, units: bool = False) -> int:
+        return self._classes(units).root(_memory(parameter))
+
+    def coarser(self, space: int) -> int:
+        """The space of units that holds a space."""
+        return self._units.root(space)
 
     def multiplies(self, parameter: Tensor) -> bool:
         return _memory(parameter) in self._scaled

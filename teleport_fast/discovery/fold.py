@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from teleport_fast.discovery.find import find_symmetries
 from teleport_fast.discovery.gains import is_norm
+from teleport_fast.discovery.roles import Attention, roles
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import named_tensors
@@ -28,17 +29,18 @@ class FoldedGains:
         """Give every norm its gain back and let it train again; the function does not change."""
         tensors = named_tensors(self.model)
         for joint in self.joints:
-            name = joint.plus[0].parameter
-            _move(joint, self.gains[name], tensors)
-            tensors[name].copy_(self.gains[name])
-            tensors[name].requires_grad_(True)
+            view = joint.plus[0]
+            _move(joint, self.gains[view.parameter] + view.shift, tensors)
+            tensors[view.parameter].copy_(self.gains[view.parameter])
+            tensors[view.parameter].requires_grad_(True)
 
 
 @torch.no_grad()
 def fold_norm_gains_(model: nn.Module, example_inputs: Any = None) -> FoldedGains:
     """Set every norm's gain γ to one and multiply the linear layers that read it by γ; the gains are then frozen.
 
-    W → W diag γ for the readers, β → β/γ for a LayerNorm's bias: the norm's own diagonal symmetry with s = 1/γ, so the
+    Gains stored as 1 + w become w = 0. Norms of queries and keys inside attention stay as they are: they are not on the
+    stream. W → W diag γ for the readers, β → β/γ for a LayerNorm's bias: the norm's own diagonal symmetry with s = 1/γ, so the
     function is unchanged. Afterwards the residual stream of the model has its orthogonal joint. Call it before the
     optimizer is built. Returns a FoldedGains whose `unfold_()` restores the gains.
     Errors: ValueError when a gain has a zero, or when a norm's gain feeds something else than linear layers (a tied
@@ -47,9 +49,10 @@ def fold_norm_gains_(model: nn.Module, example_inputs: Any = None) -> FoldedGain
     tensors = named_tensors(model)
     joints = tuple(j for j in find_symmetries(model, example_inputs) if j.kind == "norm-readers")
     foldable = {joint.plus[0].parameter: joint for joint in joints}
+    inside = {name for role in roles(model) if isinstance(role, Attention) for name, _ in role.norms}
     for module_name, module in model.named_modules():
         gain = getattr(module, "weight", None)
-        if not is_norm(module) or not isinstance(gain, nn.Parameter) or not gain.requires_grad:
+        if not is_norm(module) or not isinstance(gain, nn.Parameter) or not gain.requires_grad or module_name in inside:
             continue
         name = f"{module_name}.weight"
         if name not in foldable:
@@ -57,12 +60,13 @@ def fold_norm_gains_(model: nn.Module, example_inputs: Any = None) -> FoldedGain
                 f"gain {name!r} cannot be folded: no set of linear layers alone reads it (a tied head does not count); "
                 f"untie the head, or build the model without this gain"
             )
-        if bool((gain == 0).any()):
+        if bool((gain + foldable[name].plus[0].shift == 0).any()):
             raise ValueError(f"gain {name!r} has a zero entry, folding could not be undone; set it to a small number")
     gains = {name: tensors[name].detach().clone() for name in foldable}
     for name, joint in foldable.items():
-        _move(joint, gains[name].reciprocal(), tensors)
-        tensors[name].fill_(1.0)
+        shift = joint.plus[0].shift
+        _move(joint, (gains[name] + shift).reciprocal(), tensors)
+        tensors[name].fill_(1.0 - shift)
         tensors[name].requires_grad_(False)
     return FoldedGains(model, gains, joints)
 

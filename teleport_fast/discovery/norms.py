@@ -20,6 +20,8 @@ from teleport_fast.symmetry.view import View
 def norm_proposals(model: nn.Module, found: Sequence[Role], views: Views, flow: Flow | None) -> list[Candidate]:
     """A candidate per norm with a gain: its readers as seen in a run, or as its place suggests where none was seen."""
     slots = [slot for role in found for slot in (*role.reads(), *role.writes(), *role.inner())]
+    # experts are one module that is fed before its first layer, so its last one reads nothing from outside
+    ends = {id(slot) for role in found for slot in role.writes() if slot.tensors is not None}
     claimed = {id(slot.module) for slot in slots}
     others = [slot_of(name, module) for name, module in model.named_modules() if id(module) not in claimed]
     heads = [slot for slot in others if slot is not None]
@@ -34,7 +36,8 @@ def norm_proposals(model: nn.Module, found: Sequence[Role], views: Views, flow: 
             if flow is None:
                 readers = _likely(parent_name, index, found, [slot for slot in heads if slot.in_features == width])
             else:
-                readers = [("seen", [slot for slot in (*slots, *heads) if flow.feeds(norm, slot.module)])]
+                fed = [slot for slot in (*slots, *heads) if flow.feeds(norm, slot.module) and id(slot) not in ends]
+                readers = [("seen", [slot for slot in fed if slot.in_features == width])]
             candidate = norm_candidate(name, norm, readers, views, width)
             if candidate is not None:
                 proposals.append(candidate)

@@ -42,38 +42,52 @@ class Stream:
     unfolded: str | None = None
 
 
-def streams(model: nn.Module, blocks: Sequence[Role], views: Views, flow: Flow) -> Iterator[tuple[str, Stream]]:
-    """The spaces that layers write, in which tensors are added, and that layers read, with a name for each."""
+def streams(model: nn.Module, blocks: Sequence[Role], views: Views, flow: Flow) -> Iterator[tuple[str, Stream, Stream]]:
+    """The spaces that layers write, in which tensors are added, and that layers read.
+
+    Yields a name, the tensors that turn together, and those whose units keep one order (a superset: an activation stops
+    a rotation, not an order).
+    """
     slots = [(slot, True) for role in blocks for slot in (*role.reads(), *role.writes())]
     slots += [(slot, False) for slot in _other_slots(model, {id(slot.module) for slot, _ in slots})]
     found = []
     for space in flow.summed():
-        readers = [(slot, in_role) for slot, in_role in slots if space in flow.spaces_in(slot.module)]
-        writers = [(slot, in_role) for slot, in_role in slots if space in flow.spaces_out(slot.module)]
-        tables = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding) and space in flow.spaces_out(module)
-        ]
-        widths = Counter(slot.in_features for slot, _ in readers)
-        if readers and (writers or tables):
-            stream = Stream(widths.most_common(1)[0][0])
-            _write(stream, writers, tables, views)
-            _normalise(stream, model, views, flow, space)
-            _read(stream, readers, views)
-            _bare(stream, model, views, flow, space)
-            if stream.writers:
-                found.append(stream)
+        stream = _gather(model, slots, views, flow, space, units=False)
+        if stream is not None:
+            ordered = _gather(model, slots, views, flow, flow.coarser(space), units=True)
+            found.append((stream, ordered or stream))
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    found.sort(key=lambda stream: min(order[writer] for writer in stream.writers))
-    prefixes = [_prefix(stream.writers) for stream in found]
-    for index, (prefix, stream) in enumerate(zip(prefixes, found, strict=True)):
+    found.sort(key=lambda pair: min(order[writer] for writer in pair[0].writers))
+    prefixes = [_prefix(stream.writers) for stream, _ in found]
+    for index, (prefix, (stream, ordered)) in enumerate(zip(prefixes, found, strict=True)):
         if len(found) == 1:
-            yield "residual", stream
+            yield "residual", stream, ordered
         elif prefix and prefixes.count(prefix) == 1:
-            yield f"{prefix}.residual", stream
+            yield f"{prefix}.residual", stream, ordered
         else:
-            yield f"residual.{index}", stream
+            yield f"residual.{index}", stream, ordered
+
+
+def _gather(
+    model: nn.Module, slots: list[tuple[Slot, bool]], views: Views, flow: Flow, space: int, units: bool
+) -> Stream | None:
+    readers = [(slot, in_role) for slot, in_role in slots if space in flow.spaces_in(slot.module, units)]
+    writers = [(slot, in_role) for slot, in_role in slots if space in flow.spaces_out(slot.module, units)]
+    modules = dict(model.named_modules())
+    tables = [
+        (name, module)
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding) and space in flow.spaces_out(module, units)
+    ]
+    if not readers:
+        return None
+    stream = Stream(Counter(slot.in_features for slot, _ in readers).most_common(1)[0][0])
+    _write(stream, writers, tables, views)
+    norms = [(name, m) for name, m in modules.items() if is_norm(m) and space in flow.spaces_in(m, units)]
+    _normalise(stream, norms, views)
+    _read(stream, readers, views)
+    _bare(stream, model, views, flow, space, units)
+    return stream if stream.writers else None
 
 
 def _prefix(writers: list[str]) -> str:
@@ -123,10 +137,8 @@ def _read(stream: Stream, readers: list[tuple[Slot, bool]], views: Views) -> Non
                     stream.minus.append(view if in_role else replace(view, counts=False))
 
 
-def _normalise(stream: Stream, model: nn.Module, views: Views, flow: Flow, space: int) -> None:
-    for name, norm in model.named_modules():
-        if not is_norm(norm) or space not in flow.spaces_in(norm):
-            continue
+def _normalise(stream: Stream, norms: list[tuple[str, nn.Module]], views: Views) -> None:
+    for name, norm in norms:
         gain, bias = gain_of(norm), getattr(norm, "bias", None)
         if gain is not None and tuple(gain.shape) == (stream.width,):
             stream.gains.append(views.axis(gain, 0, stream.width))
@@ -136,30 +148,30 @@ def _normalise(stream: Stream, model: nn.Module, views: Views, flow: Flow, space
             stream.plus.append(views.axis(bias, 0, stream.width))
 
 
-def _bare(stream: Stream, model: nn.Module, views: Views, flow: Flow, space: int) -> None:
+def _bare(stream: Stream, model: nn.Module, views: Views, flow: Flow, space: int, units: bool) -> None:
     """Parameters used without a layer: positions and class tokens are added, layer scales multiply."""
     known = {view.parameter for view in (*stream.plus, *stream.minus, *stream.gains)}
     for name, parameter in model.named_parameters():
         if name in known or not parameter.ndim or parameter.shape[-1] != stream.width:
             continue
-        if flow.space_of(parameter) == space:
+        if flow.space_of(parameter, units) == space:
             view = views.axis(parameter, parameter.ndim - 1, stream.width)
             (stream.gains if flow.multiplies(parameter) else stream.plus).append(view)
             if flow.multiplies(parameter):
                 stream.unfolded = stream.unfolded or name
 
 
-def residual_candidate(name: str, stream: Stream) -> Candidate:
+def residual_candidate(name: str, stream: Stream, ordered: Stream) -> Candidate:
     """O(d) or the rotations that fix the ones vector; else the order of the stream's units and their signs."""
     plus, minus = tuple(dict.fromkeys(stream.plus)), tuple(dict.fromkeys(stream.minus))
-    gains = tuple(dict.fromkeys(stream.gains))
     width = stream.width
 
     def joint(part: str, group: Group, plus: tuple[View, ...] = plus, minus: tuple[View, ...] = minus) -> Joint:
         label, kind = (f"{name}.{part}", f"residual-{part}") if part else (name, "residual")
         return Joint(label, kind, group, 1, group.width, plus, minus)
 
-    order = joint("order", Permutation(width), plus + gains)
+    moved, read = (*ordered.plus, *ordered.gains), ordered.minus
+    order = joint("order", Permutation(width), tuple(dict.fromkeys(moved)), tuple(dict.fromkeys(read)))
     signs = joint("signs", Signs(width)), joint("signs", Signs(1), _as_one(plus), _as_one(minus))
     rest = (
         Candidate(order.name, order.kind, (order,), "the units of the stream are told apart by something else"),

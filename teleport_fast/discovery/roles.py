@@ -132,7 +132,7 @@ def roles(model: nn.Module) -> Iterator[Role | Unusable]:
                 for role in found:
                     if isinstance(role, Role):
                         layers = (type(role), frozenset(id(s.weight) for s in (*role.reads(), *role.writes())))
-                        if layers in seen:  # an outer module has told the same layers apart already
+                        if layers[1] and layers in seen:  # an outer module has told the same layers apart already
                             continue
                         seen.add(layers)
                     yield role

@@ -65,6 +65,10 @@ class Prover:
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         self.model = plain_copy(model)
         self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
+        for module in self.model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "_experts_implementation", None) is not None:
+                config._experts_implementation = "eager"  # transformers' grouped products have no float64
         self.casts = 0
         self._forward = _caller(self.model, inputs)
         self._perturb()
@@ -111,6 +115,8 @@ class Prover:
     def prove(self, joint: Joint, tolerance: float, seed: int = 0) -> JointProof:
         """Move by a random element far from the identity, then by the same element on the first view alone.
 
+        A joint of a single view is controlled by the element's negative.
+
         A model with dropout is also held to its outputs in training mode, same masks: a dense g mixes what a mask cuts.
         A permutation moves the mask with the units, which is the same in distribution, so it is proven in eval mode.
         A model with batch statistics is held to its outputs in both modes. There a scale that moves running statistics
@@ -123,9 +129,10 @@ class Prover:
         deviation, training = self._deviations(joint, element)
         lone = (joint.plus or joint.minus)[0]
         half = Joint(joint.name, joint.kind, joint.group, joint.heads, joint.width, (lone,), ())
+        if len([*joint.views(), *joint.carried]) == 1 and element.form == "diagonal":
+            element = Element(element.form, -element.g)  # nothing to leave out: a sign is what is wrong
         control = max(self._deviations(half, element))
-        up_to_eps = self.batch_statistics and bool(joint.carried) and joint.group.form == "diagonal"
-        if up_to_eps:
+        if self.batch_statistics and joint.carried and joint.group.form == "diagonal":
             holds = deviation <= tolerance and training <= CONTROL_FLOOR
             return JointProof(joint.name, deviation, control, holds and control > CONTROL_FLOOR, training)
         deviation = max(deviation, training)

@@ -95,16 +95,13 @@ def _layout(
             raise ValueError(f"view of {view.parameter!r}: axis {view.head_axis} of shape {shape} has no {view.heads} heads")
         head_step = view.head_stride * stride[view.head_axis]
         offset += view.head_start * stride[view.head_axis]
-    columns = [(view.repeats, view.repeat_stride * unit)]
-    columns += [(view.head_size if a == view.head_axis else shape[a], stride[a]) for a in range(len(shape)) if a != axis]
-    merged: list[tuple[int, int]] = []
-    for size, step in columns:
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == size * step:
-            merged[-1] = (merged[-1][0] * size, step)
-        else:
-            merged.append((size, step))
+    others = [
+        (a, view.head_size if a == view.head_axis else shape[a], stride[a]) for a in range(len(shape)) if a != axis
+    ]
+    repeats = (axis, view.repeats, view.repeat_stride * unit)
+    merged = _merge([repeats, *others])
+    if len(merged) > 2:  # where one unit spans the whole axis, the repeats join their neighbours
+        merged = _merge(sorted([repeats, *others]))
     if len(merged) > 2:
         raise ValueError(
             f"view of {view.parameter!r}: a tensor of shape {shape} and strides {stride} needs {len(merged)} column "
@@ -114,3 +111,16 @@ def _layout(
     sizes = (view.heads, view.width, merged[0][0], merged[1][0])
     strides = (head_step, view.width_stride * unit, merged[0][1], merged[1][1])
     return sizes, strides, offset
+
+
+def _merge(columns: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(axis, size, stride) triples as the fewest (size, stride) pairs in that order."""
+    merged: list[tuple[int, int]] = []
+    for _, size, step in columns:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * step:
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    return merged

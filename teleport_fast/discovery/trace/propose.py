@@ -19,18 +19,22 @@ from teleport_fast.symmetry.joint import Joint
 def beyond(proposals: Iterable[Candidate], found: Iterable[Joint]) -> list[Candidate]:
     """The candidates that the joints found so far do not hold already.
 
-    What scales some rows makes another scale of them a part of it; a dense joint holds the permutations of its units.
+    What scales some rows makes another scale of them a part of it; a dense joint holds the permutations of its units, and
+    one that stretches their scales.
     """
     found = list(found)
     taken = {entry for joint in found for entry in entries(joint)}
-    dense = [{entry[1:] for entry in entries(joint)} for joint in found if joint.group.form == "dense"]
+    dense = [joint for joint in found if joint.group.form == "dense"]
+    reach = [(joint.group.holds_stretches, {entry[1:] for entry in entries(joint)}) for joint in dense]
 
     def fresh(candidate: Candidate) -> bool:
         if not candidate.alternatives:
             return True
         joint = candidate.alternatives[0]
         own = entries(joint)
-        held = joint.group.form == "permutation" and any({entry[1:] for entry in own} <= whole for whole in dense)
+        places = {entry[1:] for entry in own}
+        scales, orders = joint.group.form == "diagonal", joint.group.form == "permutation"
+        held = any((orders or (scales and stretches)) and places <= whole for stretches, whole in reach)
         return taken.isdisjoint(own) and not held
 
     return [candidate for candidate in proposals if fresh(candidate)]
