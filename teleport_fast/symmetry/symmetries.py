@@ -150,11 +150,12 @@ class Symmetries:
     def explain(self) -> str:
         """A table of what was found, what was rejected or skipped, and why."""
         rows = [("joint", "kind", "group", "heads", "dim", "deviation", "status")]
-        deviations = {f.name: f.deviation for f in self.findings if f.status == "found"}
+        proven = {f.name: f for f in self.findings if f.status == "found"}
         for joint in self.joints:
-            deviation = deviations.get(joint.name)
-            shown = "unproven" if deviation is None else f"{deviation:.0e}"
-            rows.append((joint.name, joint.kind, str(joint.group), str(joint.heads), str(joint.dim), shown, "found"))
+            found = proven.get(joint.name)
+            shown = "unproven" if found is None or found.deviation is None else f"{found.deviation:.0e}"
+            status = "found" if found is None or not found.reason else f"found: {found.reason}"
+            rows.append((joint.name, joint.kind, str(joint.group), str(joint.heads), str(joint.dim), shown, status))
         for finding in self.findings:
             if finding.status != "found":
                 shown = "" if finding.deviation is None else f"{finding.deviation:.0e}"

@@ -57,8 +57,9 @@ class Prover:
     Casts to float32 within the model's forward are widened to float64; `casts` counts them per call.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
+    def __init__(self, model: nn.Module, inputs: Any, own: bool = False, perturb: bool = True) -> None:
+        """With `own` the model is the prover's to change, and is not copied; `perturb` is for one that is not random."""
+        self.model = (model if own else copy.deepcopy(model)).double().eval()  # .to(float64) would drop imaginary parts
         self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
         for module in self.model.modules():
             config: Any = getattr(module, "config", None)
@@ -66,7 +67,12 @@ class Prover:
                 config._experts_implementation = "eager"  # transformers' grouped products have no float64
         self.casts = 0
         self._forward = _caller(self.model, inputs)
-        self._perturb()
+        if perturb:
+            self._perturb()
+        self.start()
+
+    def start(self) -> None:
+        """Take the outputs that every move is held to."""
         self.before = self.call()
         first, second = self._call_training(1), self._call_training(2)
         self.drops_units = relative_deviation(second, first) > 0
@@ -103,7 +109,8 @@ class Prover:
     def prove(self, joint: Joint, tolerance: float, seed: int = 0) -> JointProof:
         """Move by a random element far from the identity, then by the same element on the first view alone.
 
-        A joint of a single view is controlled by the element's negative.
+        A joint of a single view is controlled by the element's negative. What fails the first needs no control: its
+        `control` is infinite.
 
         A model with dropout is also held to its outputs in training mode, same masks: a dense g mixes what a mask cuts.
         A permutation moves the mask with the units, which is the same in distribution, so it is proven in eval mode.
@@ -113,12 +120,14 @@ class Prover:
         g = joint.group.random(joint.heads, radius, generator, torch.float64)
         element = Element.of(joint.group, g)
         deviation = self._deviation(joint, element)
+        if deviation > tolerance:
+            return JointProof(joint.name, deviation, float("inf"), False)
         lone = (joint.plus or joint.minus)[0]
         half = Joint(joint.name, joint.kind, joint.group, joint.heads, joint.width, (lone,), ())
         if len(list(joint.views())) == 1 and element.form == "diagonal":  # nothing to leave out: a sign is what is wrong
             element = Element(element.form, -element.g)
         control = self._deviation(half, element)
-        return JointProof(joint.name, deviation, control, deviation <= tolerance and control > CONTROL_FLOOR)
+        return JointProof(joint.name, deviation, control, control > CONTROL_FLOOR)
 
     @torch.no_grad()
     def _deviation(self, joint: Joint, element: Element) -> float:
