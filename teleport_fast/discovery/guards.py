@@ -50,7 +50,7 @@ def notes(model: nn.Module) -> Iterator[Finding]:
         yield Finding("model", dtype, "noted", reason)
     devices = sorted({str(p.device) for p in floating})
     if "meta" in devices:
-        yield Finding("model", "meta", "noted", "parameters on meta hold no numbers: structure only, nothing is proven")
+        yield Finding("model", "meta", "noted", "parameters on meta hold no numbers: what is proven is proven on a stand-in")
     elif len(devices) > 1:
         yield Finding("model", "devices", "noted", f"on {', '.join(devices)}: each joint moves on its own device")
 
