@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from teleport_fast.objectives import Objective
 from teleport_fast.symmetry.bucket import Bucket, buckets
+from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
 
 
@@ -43,7 +44,10 @@ class Plan:
         parameters = self.parameters(optimizer)
         for joint in joints:
             joint.check_shapes({**symmetries.buffers(joint.buffers()), **parameters})
-        self.buckets: list[Bucket] = buckets(joints)
+        on_device: dict[torch.device, list[Joint]] = {}
+        for joint in joints:
+            on_device.setdefault(parameters[joint.parameters()[0]].device, []).append(joint)
+        self.buckets: list[Bucket] = [bucket for alike in on_device.values() for bucket in buckets(alike)]
         self._buffers = symmetries.buffers
 
     def parameters(self, optimizer: Optimizer) -> dict[str, Tensor]:

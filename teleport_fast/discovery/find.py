@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from teleport_fast.discovery.candidates import Candidate, Views, candidates
 from teleport_fast.discovery.flow import Flow
 from teleport_fast.discovery.gains import is_norm
+from teleport_fast.discovery.guards import notes, stuck
 from teleport_fast.discovery.inputs import guess_inputs
 from teleport_fast.discovery.norms import norm_proposals
 from teleport_fast.discovery.residual import residual_candidate, stream_width, streams
 from teleport_fast.discovery.roles import Role, Unusable, canonical_names, roles
+from teleport_fast.discovery.standin import is_meta, stand_in
 from teleport_fast.discovery.trace.assemble import candidates as traced
 from teleport_fast.discovery.trace.propose import beyond, entries, reasons, record_model, record_on_meta
 from teleport_fast.discovery.trace.tape import Tape
@@ -26,17 +28,19 @@ TOLERANCE = 1e-10
 TRUSTED = ("value-output", "up-down", "neurons", "norm-readers")
 
 
-def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool = True) -> Symmetries:
+def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool | str = True) -> Symmetries:
     """Find the loss-invariant moves of a model's parameters and prove each one.
 
     example_inputs: what the model is called with, a tensor, a tuple of positional arguments or a dict of keywords; None
     guesses (2, t) token ids or (4, features) noise. With `verify` every proposed joint is moved by a random element on
     a perturbed float64 deep copy in eval mode: the outputs may deviate by 1e-10 at most, and must deviate by more than
-    1e-3 under a wrong element; the model's own casts to float32 are widened for it. Without it joints are taken on trust:
-    value-output, neurons and norm-readers joints and the diagonal of gated MLPs by their layers' names, others where a
-    call recorded on `meta` shows every operator between those who write a hidden space and those who read it.
-    Modules that no builder knows by name are understood from such a recorded call.
-    Errors: ValueError when inputs cannot be guessed or the model has no parameters; TypeError when it is no Module.
+    1e-3 under a wrong element; the model's own casts to float32 are widened for it. Modules that no builder knows by name
+    are understood from one recorded call. With verify="blocks", and for a model on meta, the copy holds one block of each
+    kind and 64 rows of the vocabulary, and what is proven there stands for every block of that kind. Without it joints are
+    taken on trust: value-output, neurons and norm-readers joints and the diagonal of gated MLPs by their layers' names,
+    others where a call recorded on `meta` shows every operator between those who write a hidden space and those who read it.
+    Errors: ValueError for another `verify`, when inputs cannot be guessed or the model has no parameters; TypeError when
+    it is no Module.
     Source: own derivation (math.md section 2); proofs in tests/discovery/test_find.py.
 
     >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
@@ -47,12 +51,25 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; pass the module itself")
-    tensors = named_tensors(model)
-    if not tensors:
+    if not named_tensors(model):
         raise ValueError("model has no parameters, so it has no symmetries; pass a model with parameters")
-    prover = None
-    if verify:
+    if verify not in (True, False, "blocks"):
+        raise ValueError(f'verify must be True, False or "blocks", got {verify!r}')
+    if verify is False:
+        joints, findings = _search(model, None, example_inputs)
+    elif verify == "blocks" or is_meta(model):
+        joints, findings = _search_blocks(model, example_inputs)
+    else:
         prover = Prover(model, guess_inputs(model) if example_inputs is None else example_inputs)
+        joints, findings = _search(model, prover)
+    return Symmetries(tuple(joints), (*findings, *notes(model)), model)
+
+
+def _search(
+    model: nn.Module, prover: Prover | None, example_inputs: Any = None
+) -> tuple[list[Joint], list[Finding]]:
+    """The joints that hold, and a finding for every candidate and every module without one."""
+    tensors = named_tensors(model)
     proposals, findings = _propose(model, prover)
     joints: list[Joint] = []
 
@@ -67,7 +84,8 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
         decide(candidate)
     left_over = _skipped(model, proposals, findings, {})
     orders = {c.name for c in proposals if any(joint.group.form == "permutation" for joint in c.alternatives)}
-    refuted = any(finding.name in orders and finding.status == "rejected" for finding in findings)
+    rejected = {finding.name for finding in findings if finding.status == "rejected"}
+    refuted = bool(rejected if prover is None else rejected & orders)
     if left_over or refuted or _open_space(model, joints):
         tape = _tape(model, example_inputs, prover)
         seen = [] if tape is None else list(traced(tape))
@@ -81,7 +99,30 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool =
     if prover is not None and prover.casts:
         reason = f"its forward casts to float32 {prover.casts} times, proven with these in float64"
         findings.append(Finding("model", "float32", "noted", reason))
-    return Symmetries(tuple(joints), tuple(findings), model)
+    return joints, findings
+
+
+def _search_blocks(model: nn.Module, example_inputs: Any) -> tuple[list[Joint], list[Finding]]:
+    """Search one block of each kind; joints that tie it to something else are proven again with the block in a chain."""
+    small = stand_in(model)
+    inputs = small.inputs(guess_inputs(small.model) if example_inputs is None else example_inputs)
+    prover = Prover(small.model, inputs, own=True, perturb=not is_meta(model))
+    joints, findings = _search(small.model, prover)
+    crossing = [joint for joint in joints if small.crosses(joint)]
+    if crossing:
+        small.chain_()
+        prover.start()
+    for joint in crossing:
+        proof = prover.prove(joint, TOLERANCE)
+        if not proof.ok:
+            reason = "holds for a single block, not for a chain of them"
+            findings = [f for f in findings if f.name != joint.name]
+            findings.append(Finding(joint.name, joint.kind, "rejected", reason, proof.deviation))
+            joints = [other for other in joints if other is not joint]
+    return (
+        [every for joint in joints for every in small.joints(joint)],
+        [every for finding in findings for every in small.findings(finding)],
+    )
 
 
 def _propose(model: nn.Module, prover: Prover | None) -> tuple[list[Candidate], list[Finding]]:
@@ -165,9 +206,9 @@ def _first_that_holds(
 
     if not candidate.alternatives:
         return rejected(candidate.otherwise)
-    stuck = frozen(candidate.alternatives[0], tensors)
-    if stuck:
-        return rejected(f"{stuck[0]!r} is frozen (requires_grad=False), a move would change it")
+    why = stuck(candidate.alternatives[0], tensors)
+    if why is not None:
+        return rejected(why)
     if prover is None:
         joint = candidate.alternatives[0]
         if not candidate.known and (len(candidate.alternatives) > 1 or candidate.kind not in TRUSTED):
@@ -195,11 +236,6 @@ def _first_that_holds(
         smallest = min(smallest, proof.deviation)
     dropout = "; the model has dropout, and a dense move mixes what a mask cuts" if prover.drops_units else ""
     return rejected(candidate.otherwise + dropout, smallest)
-
-
-def frozen(joint: Joint, tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the joint's parameters that do not train; buffers never do, and move all the same."""
-    return [name for name in joint.parameters() if name in tensors and not tensors[name].requires_grad]
 
 
 def _skipped(

@@ -33,13 +33,14 @@ def layout(function: Layout) -> Layout:
 
 
 def layer_of(module: object) -> Layer | None:
-    """The module as a Layer, or None for what no layout knows."""
+    """The module as a Layer, or None for what no layout knows or whose weight is computed (parametrizations)."""
     if not isinstance(module, nn.Module):
         return None
     for known in _LAYOUTS:
         layer = known(module)
         if layer is not None:
-            return layer
+            held = (tensor for tensor, _ in (*layer.rows, *layer.columns))
+            return layer if all(isinstance(tensor, nn.Parameter) for tensor in held) else None
     return None
 
 

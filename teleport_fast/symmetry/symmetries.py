@@ -165,12 +165,11 @@ class Symmetries:
     def explain(self) -> str:
         """A table of what was found, what was rejected or skipped, and why."""
         rows = [("joint", "kind", "group", "heads", "dim", "deviation", "status")]
-        found = {f.name: f for f in self.findings if f.status == "found"}
+        proven = {f.name: f for f in self.findings if f.status == "found"}
         for joint in self.joints:
-            finding = found.get(joint.name)
-            deviation = None if finding is None else finding.deviation
-            status = "found" if finding is None or not finding.reason else f"found: {finding.reason}"
-            shown = "unproven" if deviation is None else f"{deviation:.0e}"
+            found = proven.get(joint.name)
+            shown = "unproven" if found is None or found.deviation is None else f"{found.deviation:.0e}"
+            status = "found" if found is None or not found.reason else f"found: {found.reason}"
             rows.append((joint.name, joint.kind, str(joint.group), str(joint.heads), str(joint.dim), shown, status))
         for finding in self.findings:
             if finding.status != "found":

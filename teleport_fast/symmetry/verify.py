@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
+from teleport_fast.symmetry.diagonal_groups import Diagonal
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.symmetry.plain_copy import plain_copy
 from teleport_fast.symmetry.widen import WideCasts
 
 
@@ -62,8 +63,9 @@ class Prover:
     Casts to float32 within the model's forward are widened to float64; `casts` counts them per call.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = copy.deepcopy(model).double().eval()  # .to(float64) would drop imaginary parts
+    def __init__(self, model: nn.Module, inputs: Any, own: bool = False, perturb: bool = True) -> None:
+        """With `own` the model is the prover's to change, and is not copied; `perturb` is for one that is not random."""
+        self.model = model.double().eval() if own else plain_copy(model)
         self.tensors: dict[str, Tensor] = {**dict(self.model.named_buffers()), **dict(self.model.named_parameters())}
         for module in self.model.modules():
             config: Any = getattr(module, "config", None)
@@ -71,7 +73,12 @@ class Prover:
                 config._experts_implementation = "eager"  # transformers' grouped products have no float64
         self.casts = 0
         self._forward = _caller(self.model, inputs)
-        self._perturb()
+        if perturb:
+            self._perturb()
+        self.start()
+
+    def start(self) -> None:
+        """Take the outputs that every move is held to."""
         self.before = self.call()
         self.batch_statistics, self.drops_units, self.no_training = False, False, ""
         try:
@@ -115,7 +122,8 @@ class Prover:
     def prove(self, joint: Joint, tolerance: float, seed: int = 0) -> JointProof:
         """Move by a random element far from the identity, then by the same element on the first view alone.
 
-        A joint of a single view is controlled by the element's negative.
+        A joint of a single view is controlled by the element's negative. What fails the first needs no control: its
+        `control` is infinite.
 
         A model with dropout is also held to its outputs in training mode, same masks: a dense g mixes what a mask cuts.
         A permutation moves the mask with the units, which is the same in distribution, so it is proven in eval mode.
@@ -125,17 +133,20 @@ class Prover:
         generator = torch.Generator().manual_seed(seed)
         radius = 0.4 * joint.width**0.5 if joint.group.form == "dense" else 0.5
         g = joint.group.random(joint.heads, radius, generator, torch.float64)
+        if isinstance(joint.group, Diagonal) and joint.group.signs:
+            g[:, 0] = torch.where((g > 0).all(1), -g[:, 0], g[:, 0])  # a draw without a sign would prove no sign
         element = Element.of(joint.group, g)
         deviation, training = self._deviations(joint, element)
+        if deviation > tolerance:
+            return JointProof(joint.name, deviation, float("inf"), False)
         lone = (joint.plus or joint.minus)[0]
         half = Joint(joint.name, joint.kind, joint.group, joint.heads, joint.width, (lone,), ())
-        if len(list(joint.views())) == 1 and element.form == "diagonal":  # nothing to leave out: a sign is what is wrong
-            element = Element(element.form, -element.g)
+        if len([*joint.views(), *joint.carried]) == 1 and element.form == "diagonal":
+            element = Element(element.form, -element.g)  # nothing to leave out: a sign is what is wrong
         control = max(self._deviations(half, element))
-        up_to_eps = self.batch_statistics and bool(joint.carried) and joint.group.form == "diagonal"
-        if up_to_eps:
-            holds = deviation <= tolerance and training <= CONTROL_FLOOR
-            return JointProof(joint.name, deviation, control, holds and control > CONTROL_FLOOR, training)
+        if self.batch_statistics and joint.carried and joint.group.form == "diagonal":
+            holds = training <= CONTROL_FLOOR < control
+            return JointProof(joint.name, deviation, control, holds, training)
         deviation = max(deviation, training)
         return JointProof(joint.name, deviation, control, deviation <= tolerance and control > CONTROL_FLOOR)
 

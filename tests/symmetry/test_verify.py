@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from teleport_fast import Symmetries, find_symmetries
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.symmetry import Diagonal, Joint, View
 from teleport_fast.symmetry.verify import JointProof, Prover, VerifyReport, relative_deviation, verify
 
 if TYPE_CHECKING:
@@ -167,3 +168,13 @@ def test_a_joint_of_another_model_is_refused(trial_of: Callable[..., Trial]) -> 
     trial = trial_of("relu2")
     with pytest.raises(ValueError, match=r"names the parameter .* which the model does not have"):
         verify(trial.symmetries, Wrapped(), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("width", range(1, 9))
+def test_a_sign_is_always_among_what_is_proven(width: int) -> None:
+    """Of five fair signs all are positive in one draw of 32: such a draw would take ReLU for a linear function."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+    plus = (View("0.weight", 0, 1, width), View("0.bias", 0, 1, width))
+    joint = Joint("signed", "up-down", Diagonal(width), 1, width, plus, (View("2.weight", 1, 1, width),))
+    prover = Prover(model, torch.randn(7, 3))
+    assert not any(prover.prove(joint, 1e-10, seed).ok for seed in range(20))

@@ -33,7 +33,7 @@ def product(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     if name == "linear":
         bias, x, w = (args[2] if len(args) > 2 else None), x, w
     known = tape.known(w)
-    if isinstance(known, Alias) and known.view.ndim == 3 and known.view.stride(0) == 0:
+    if isinstance(known, Alias) and known.view.ndim == 3 and (known.view.stride(0) == 0 or len(known.view) == 1):
         known = Alias(known.name, known.view[0], known.shift)  # one weight, expanded over a batch
     if isinstance(known, Alias) and known.view.ndim == 2 and not known.shift and name not in ("matmul", "mv"):
         dims = (1, 0) if name == "linear" else (0, 1)
@@ -125,3 +125,16 @@ def batch_norm(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bo
         if args[1] is None:
             tape.units.fix(label, "a norm fixes its scale")
     return _gain_and_bias(tape, out[0], label, args[1], args[2], True)
+
+
+@rule("_weight_norm_interface")
+def weight_norm(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    direction, size = tape.known(args[0]), tape.known(args[1])
+    if not isinstance(direction, Alias) or not isinstance(size, Alias):
+        return False
+    tape.hide(direction, "weight norm divides it by its norm")
+    dim = int(args[2]) if len(args) > 2 else 0
+    units = tape.units.new(size.view.shape[dim])
+    tape.use(size, dim, units, 1.0)
+    tape.units.mark(units, PINNED | BENT)  # a permutation would have to move the direction too
+    return tape.set(out[0], units.reshape([-1 if d == dim else 1 for d in range(out[0].ndim)]).expand(out[0].shape))

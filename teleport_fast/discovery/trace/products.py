@@ -76,18 +76,24 @@ def contract(tape: Tape, a: Any, b: Any, out: Tensor) -> Any:  # NotImplemented 
     x, y = (side.reshape(-1, *side.shape[-2:]) if isinstance(side, Tensor) else None for side in known)
     batch = torch.arange(out.shape[0] if out.ndim == 3 else 1).reshape(-1, 1, 1)
     units = tape.units
+    x, y = _level(tape, x, 2, 1), _level(tape, y, 1, 2)
     if x is not None and y is not None and _flat(x, 1) and _flat(y, 2):
         units.tie(x[:, 0, :], y[:, :, 0], -1.0)
         for side in (x, y):
             units.refine(side, batch.expand(side.shape))
             units.mark(side, LINKED)
         return None
+    x, y = _level(tape, x, 1, 2), _level(tape, y, 2, 1)
     left = x is not None and _flat(x, 2)
     right = y is not None and _flat(y, 1)
-    if (x is not None and not left) or (y is not None and not right):
+    if x is not None and right and not left:
+        units.pin(x, "it meets a weight that is computed")
+        x = None
+    elif y is not None and left and not right:
+        units.pin(y, "it meets a weight that is computed")
+    elif (x is not None and not left) or (y is not None and not right):
         return NotImplemented
-    if left and right:
-        assert x is not None
+    if left and right and x is not None:
         units.pin(x, "two values that both hold units are multiplied")
         left = False
     passing = x if left else y
@@ -98,6 +104,15 @@ def contract(tape: Tape, a: Any, b: Any, out: Tensor) -> Any:  # NotImplemented 
     kept = passing[:, :, :1] if left else passing[:, :1, :]
     shape = (kept.shape[0], out.shape[-2], out.shape[-1])
     return kept.expand(shape).reshape(out.shape)
+
+
+def _level(tape: Tape, label: Tensor | None, along: int, across: int) -> Tensor | None:
+    """Where units differ along one dimension and only now and then across the other, those that meet are tied."""
+    if label is None or _flat(label, across) or not _distinct(label, along) or _distinct(label, across):
+        return label
+    first = label.narrow(across, 0, 1)
+    tape.units.tie(first, label)
+    return first.expand(label.shape)
 
 
 def _flat(label: Tensor, dim: int) -> bool:

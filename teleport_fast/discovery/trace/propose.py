@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
@@ -18,18 +19,22 @@ from teleport_fast.symmetry.joint import Joint
 def beyond(proposals: Iterable[Candidate], found: Iterable[Joint]) -> list[Candidate]:
     """The candidates that the joints found so far do not hold already.
 
-    What scales some rows makes another scale of them a part of it; a dense joint holds the permutations of its units.
+    What scales some rows makes another scale of them a part of it; a dense joint holds the permutations of its units, and
+    one that stretches their scales.
     """
     found = list(found)
     taken = {entry for joint in found for entry in entries(joint)}
-    dense = [{entry[1:] for entry in entries(joint)} for joint in found if joint.group.form == "dense"]
+    dense = [joint for joint in found if joint.group.form == "dense"]
+    reach = [(joint.group.holds_stretches, {entry[1:] for entry in entries(joint)}) for joint in dense]
 
     def fresh(candidate: Candidate) -> bool:
         if not candidate.alternatives:
             return True
         joint = candidate.alternatives[0]
         own = entries(joint)
-        held = joint.group.form == "permutation" and any({entry[1:] for entry in own} <= whole for whole in dense)
+        places = {entry[1:] for entry in own}
+        scales, orders = joint.group.form == "diagonal", joint.group.form == "permutation"
+        held = any((orders or (scales and stretches)) and places <= whole for stretches, whole in reach)
         return taken.isdisjoint(own) and not held
 
     return [candidate for candidate in proposals if fresh(candidate)]
@@ -62,8 +67,12 @@ def record_on_meta(model: nn.Module, inputs: Any) -> Tape:
     def ghosts(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         return {name: tensor.detach().to("meta") for name, tensor in named}
 
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
     def ghost(value: Any) -> Any:
-        return value.to("meta") if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return value.to("meta", dtype) if value.is_floating_point() else value.to("meta")
 
     parameters, buffers = ghosts(model.named_parameters()), ghosts(model.named_buffers())
     keywords = tree_map(ghost, dict(inputs)) if isinstance(inputs, Mapping) else {}

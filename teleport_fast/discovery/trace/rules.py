@@ -53,15 +53,19 @@ def shapes(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
         operator = torch.ops.aten.reshape
     moved = operator(source, *args[1:], **kwargs)
     outs, moves = ([out], [moved]) if isinstance(out, Tensor) else (list(out), list(moved))
+    if isinstance(known, Alias) and any(shape.untyped_storage()._cdata != _memory(known) for shape in moves):
+        if not known.view.ndim:
+            return False
+        known, moves = tape.data(known), []  # repeated or gathered: no view any more, but data that it writes
+        moved = operator(known, *args[1:], **kwargs)
+        moves = [moved] if isinstance(moved, Tensor) else list(moved)
     for value, shape in zip(outs, moves, strict=True):
-        if not isinstance(known, Alias):
-            tape.set(value, shape.clone())
-        elif shape.untyped_storage()._cdata == known.view.untyped_storage()._cdata:
-            tape.set(value, Alias(known.name, shape, known.shift))
-        else:
-            tape.hide(known, "it is reshaped across its axes")
-            tape.set(value, None)
+        tape.set(value, Alias(known.name, shape, known.shift) if isinstance(known, Alias) else shape.clone())
     return True
+
+
+def _memory(alias: Alias) -> int:
+    return alias.view.untyped_storage()._cdata
 
 
 def packet(tape: Tape) -> Any:
