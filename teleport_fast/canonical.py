@@ -11,6 +11,7 @@ from torch import nn
 
 from teleport_fast.objectives import Balance, Move
 from teleport_fast.symmetry.bucket import PARAMETER, buckets
+from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries, named_tensors
 
 KINDS = ("balance",)
@@ -71,15 +72,19 @@ def canonicalize(
     if not joints:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "there are none"
         raise ValueError(f"symmetries has no joint that can be balanced ({why}); see symmetries.explain()")
-    live = named_tensors(model)
+    live = {**dict(model.named_buffers()), **named_tensors(model)}
     for joint in joints:
         joint.check_shapes(live)
-    moving = {name: live[name].detach().double().clone() for joint in joints for name in joint.parameters()}
+    weights, carried = (
+        {name: live[name].detach().double().clone() for joint in joints for name in of(joint)}
+        for of in (Joint.parameters, Joint.buffers)
+    )
+    moving = {**carried, **weights}
     for name, tensor in moving.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"parameter {name!r} has an entry that is not finite; balance a model that is whole")
     order = buckets(joints)
-    move = Move(moving, {}, math.inf, True, torch.Generator())
+    move = Move(weights, {}, math.inf, True, torch.Generator())
     before = float(objective.value(move))
     sweep, longest = 0, math.inf
     while sweep < max_sweeps and longest > tolerance:

@@ -78,6 +78,25 @@ def test_float32_parameters_are_rounded_once() -> None:
         assert torch.equal(narrow, exact.float())
 
 
+def test_batch_norms_keep_their_function_and_their_scale_has_no_other_side() -> None:
+    """A weight before a BatchNorm has a free scale and nothing to share it with, so it stays; the gain after is balanced."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model[1].running_mean):
+            tensor.add_(torch.randn_like(tensor) * 0.3)
+    model.eval()
+    images = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    symmetries, before = tf.find_symmetries(model, images), model(images)
+    first, gain = model[0].weight.clone(), model[1].weight.clone()
+    assert any(joint.carried for joint in symmetries)
+    assert tf.canonicalize(model, symmetries).converged
+    torch.testing.assert_close(model(images), before, rtol=1e-10, atol=1e-10)
+    assert torch.equal(model[0].weight, first)
+    assert not torch.allclose(model[1].weight, gain)
+
+
 def test_bad_input_is_named_and_moves_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     symmetries = tf.find_symmetries(model)

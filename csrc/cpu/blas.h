@@ -59,7 +59,6 @@ template <class T>
 struct Matrix {
   T* data = nullptr;
   int64_t rows = 0, cols = 0, ld = 0;
-  int64_t span() const { return rows * ld; }
 };
 
 enum class As { Is, Transposed };

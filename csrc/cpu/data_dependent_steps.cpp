@@ -6,7 +6,6 @@
 #include <cmath>
 
 #include "../ops.h"
-#include "arena.h"
 #include "host.h"
 #include "output_loss.h"
 #include "right_inverse.h"
@@ -22,16 +21,33 @@ Matrix<T> matrix_of(const Tensor& tensor) {
   return {static_cast<T*>(tensor.data_ptr()), tensor.size(0), tensor.size(1), tensor.size(1)};
 }
 
-// σ and its derivative, LeakyReLU of `slope`; all matrices with the same ld.
+// σ of LeakyReLU, its derivative times G, and a sum, in place or not.
 template <class T>
 NOINLINE void activate(const Matrix<T>& Z, const Matrix<T>& H, T slope) {
-  for (int64_t i = 0; i < Z.span(); ++i) H.data[i] = Z.data[i] * (Z.data[i] > 0 ? T(1) : slope);
+  for (int64_t i = 0; i < Z.rows; ++i) {
+    const T* z = Z.data + i * Z.ld;
+    T* h = H.data + i * H.ld;
+    for (int64_t j = 0; j < Z.cols; ++j) h[j] = z[j] * (z[j] > 0 ? T(1) : slope);
+  }
 }
 
 template <class T>
-NOINLINE void pull(const Matrix<T>& G, const Matrix<T>& Z, const Matrix<T>& out, T slope) {
-  for (int64_t i = 0; i < Z.span(); ++i) out.data[i] = G.data[i] * (Z.data[i] > 0 ? T(1) : slope);
+NOINLINE void pull(const Matrix<T>& G, const Matrix<T>& Z, T slope) {
+  for (int64_t i = 0; i < Z.rows; ++i) {
+    const T* z = Z.data + i * Z.ld;
+    T* g = G.data + i * G.ld;
+    for (int64_t j = 0; j < Z.cols; ++j) g[j] *= z[j] > 0 ? T(1) : slope;
+  }
 }
+
+template <class T>
+NOINLINE void add(const Matrix<T>& A, T factor, const Matrix<T>& to) {
+  for (int64_t i = 0; i < A.rows; ++i)
+    for (int64_t j = 0; j < A.cols; ++j) to.data[i * to.ld + j] += factor * A.data[i * A.ld + j];
+}
+
+// Up to this condition number lead is h H⁻¹ of the stale h and the first H, a product a step less, off by 1e-16 times it.
+constexpr double kLeadAtEnd = 1e6;
 
 struct Settings {
   double slope, scale, cap;
@@ -52,7 +68,7 @@ struct Turned : Matrix<T> {
 // A layer's matrices, (width, B) unless said; of the outputs' layer only what has a meaning is allocated.
 template <class T>
 struct Layer {
-  Matrix<T> H, E, RZ, Rh, RE;
+  Matrix<T> H, E, Rh, RE;  // Rh holds RZ before σ' comes on it
   Matrix<T> G, K;         // (width, width below), as W: the weight that gives Z
   Matrix<T> g;            // (width, width)
   Turned<T> Z, W;
@@ -72,9 +88,9 @@ class Loop {
       outputs = k;
       Layer<T>& layer = layers_[m];
       layer.Z = take_twice(k, batch_);
-      for (Matrix<T>* matrix : {&layer.E, &layer.RZ, &layer.RE}) *matrix = take(k, batch_);
+      for (Matrix<T>* matrix : {&layer.E, &layer.Rh, &layer.RE}) *matrix = take(k, batch_);
       if (m < joints_) {
-        for (Matrix<T>* matrix : {&layer.H, &layer.Rh}) *matrix = take(k, batch_);
+        layer.H = take(k, batch_);
         for (Matrix<T>* matrix : {&layer.g, &layer.inverse.factor}) *matrix = take(k, k);
       }
       if (m) {
@@ -112,6 +128,12 @@ class Loop {
     forward();
     for (size_t m = 0; m + 1 < joints_; ++m) copy(layers_[m].H, layers_[m].stale);
     if (!factor(0, layers_[0].H)) return false;
+    lead_at_end_ = first_lead_.data && square_ && joints_ > 1 && layers_[0].inverse.condition < kLeadAtEnd;
+    if (lead_at_end_) {
+      start_ = layers_[0].inverse;
+      start_.factor = take(batch_, batch_);
+      copy(layers_[0].inverse.factor, start_.factor);
+    }
     const int64_t steps = Ts[0].size(0);
     for (int64_t step = 0;; ++step) {
       trace[2 * step] = backward(&trace[2 * step + 1]);
@@ -125,7 +147,7 @@ class Loop {
         identity_plus(t, layers_[m].g);
       }
       if (!move(step == 0)) return false;
-      if (step + 1 < steps) turn_stale(step == 0);
+      turn_stale(step == 0, step + 1 == steps);
       forward();
     }
   }
@@ -133,15 +155,16 @@ class Loop {
   void write(const Tensor& Z0, const std::vector<Tensor>& tail, const Tensor& lead, const Tensor& outputs) const {
     copy(layers_[0].Z, matrix_of<T>(Z0));
     for (size_t m = 1; m <= joints_; ++m) copy(layers_[m].W, matrix_of<T>(tail[m - 1]));
+    if (lead_at_end_) start_.right(layers_[0].stale, first_lead_, nullptr);
     copy(layers_[0].lead.data ? layers_[0].lead : first_lead_, matrix_of<T>(lead));
     copy(layers_[joints_].Z, matrix_of<T>(outputs));
   }
 
  private:
-  // What lies behind the last column is computed with, and read by nobody.
   Matrix<T> take(int64_t rows, int64_t cols) {
     const int64_t ld = padded(cols);
-    return {static_cast<T*>(memory_.take(rows * ld * int64_t(sizeof(T)))), rows, cols, ld};
+    memory_.push_back(allocate(rows * ld * int64_t(sizeof(T))));
+    return {static_cast<T*>(memory_.back().get()), rows, cols, ld};
   }
 
   Turned<T> take_twice(int64_t rows, int64_t cols) {
@@ -185,11 +208,11 @@ class Loop {
       product(above.E, As::Is, layer.H, As::Transposed, above.G);
       sum += squares(above.G);
       product(above.W, As::Transposed, above.E, As::Is, layer.E);
-      pull(layer.E, layer.Z, layer.E, slope_);
+      pull(layer.E, layer.Z, slope_);
     }
     // RZ of the first layer: ∇L's part of the first weight, times X.
-    product(layers_[0].E, As::Is, gram_, As::Is, layers_[0].RZ);
-    *J = sum + dot(layers_[0].RZ, layers_[0].E);
+    product(layers_[0].E, As::Is, gram_, As::Is, layers_[0].Rh);
+    *J = sum + dot(layers_[0].Rh, layers_[0].E);
     return loss;
   }
 
@@ -197,11 +220,11 @@ class Loop {
     for (size_t m = 0; m < joints_; ++m) {
       const Layer<T>& layer = layers_[m];
       Layer<T>& above = layers_[m + 1];
-      pull(layer.RZ, layer.Z, layer.Rh, slope_);
-      product(above.W, As::Is, layer.Rh, As::Is, above.RZ);
-      product(above.G, As::Is, layer.H, As::Is, above.RZ, T(1), T(1));
+      pull(layer.Rh, layer.Z, slope_);
+      product(above.W, As::Is, layer.Rh, As::Is, above.Rh);
+      product(above.G, As::Is, layer.H, As::Is, above.Rh, T(1), T(1));
     }
-    loss_.hessian_product(layers_[joints_].RZ, layers_[joints_].RE);
+    loss_.hessian_product(layers_[joints_].Rh, layers_[joints_].RE);
     for (size_t m = joints_; m-- > 0;) {
       const Layer<T>&layer = layers_[m], &above = layers_[m + 1];
       // Of the first joint's K_U a square H asks only for the second term.
@@ -210,7 +233,7 @@ class Loop {
       if (!m) break;
       product(above.G, As::Transposed, above.E, As::Is, layer.RE);
       product(above.W, As::Transposed, above.RE, As::Is, layer.RE, T(1), T(1));
-      pull(layer.RE, layer.Z, layer.RE, slope_);
+      pull(layer.RE, layer.Z, slope_);
     }
   }
 
@@ -223,12 +246,12 @@ class Loop {
       const Matrix<T> Y = wide(1, above.Z.rows);
       layer.inverse.right_transposed(above.K, Y, narrow_[0].data);
       product(above.W, As::Transposed, Y, As::Is, below, T(-1), T(1));
-      for (int64_t i = 0; i < Y.span(); ++i) above.RE.data[i] += Y.data[i];
+      add(Y, T(1), above.RE);
     } else {
       layer.inverse.right_transposed(above.K, above.RE, narrow_[0].data, T(-1), T(1));
       product(above.W, As::Transposed, above.RE, As::Is, below, T(1), T(1));
     }
-    pull(below, layer.Z, below, slope_);
+    pull(below, layer.Z, slope_);
     product(below, As::Is, layer.Z, As::Transposed, t, T(settings_.scale));
   }
 
@@ -245,11 +268,11 @@ class Loop {
     const Matrix<T> solved = wide(2, above.Z.rows), pulled = wide(3, own.rows);
     layer.inverse.right_transposed(above.K, solved, narrow_[0].data);
     product(above.W, As::Transposed, solved, As::Is, pulled);
-    pull(pulled, Z, pulled, slope_);
+    pull(pulled, Z, slope_);
     if (m > 1 || !square_) {
       product(layer.K, As::Is, layer.W, As::Transposed, t, scale);
     } else if (fresh) {
-      for (int64_t i = 0; i < pulled.span(); ++i) pulled.data[i] -= layer.RE.data[i];
+      add(layer.RE, T(-1), pulled);
     } else {
       product(layer.RE, As::Is, own, As::Transposed, t, scale);
     }
@@ -275,13 +298,14 @@ class Loop {
       if (!factor(m, H)) return false;
       layer.inverse.right(U, above.W, narrow_[0].data);
     }
-    lead_on(layers_[0].g, layers_[0].lead.data ? layers_[0].lead : first_lead_, fresh);
+    if (!lead_at_end_) lead_on(layers_[0].g, layers_[0].lead.data ? layers_[0].lead : first_lead_, fresh);
     return true;
   }
 
   // Stale h → g h; the first layer's lead turned with its Z.
-  void turn_stale(bool fresh) {
+  void turn_stale(bool fresh, bool last) {
     for (size_t m = 0; m + 1 < joints_; ++m) {
+      if (last && !(m == 0 && lead_at_end_)) continue;
       if (!layers_[m].lead.data) layers_[m].stale.turn(layers_[m].g);
       else if (m) lead_on(layers_[m].g, layers_[m].lead, fresh);
     }
@@ -296,11 +320,12 @@ class Loop {
   const T slope_;
   const size_t joints_;
   const int64_t batch_;
-  bool square_ = false;
-  Arena memory_;
+  bool square_ = false, lead_at_end_ = false;
+  std::vector<Scratch> memory_;
   std::vector<Layer<T>> layers_;
   Matrix<T> gram_, wide_[4], narrow_[2];
   Turned<T> first_lead_;
+  RightInverse<T> start_;
   OutputLoss<T> loss_;
 };
 

@@ -32,9 +32,7 @@ double squares(const Matrix<T>& A) {
 
 template <class T>
 NOINLINE void copy(const Matrix<T>& from, const Matrix<T>& to) {
-  if (from.ld == to.ld) std::memcpy(to.data, from.data, size_t(from.span() - from.ld + from.cols) * sizeof(T));
-  else
-    for (int64_t i = 0; i < from.rows; ++i) std::memcpy(to.data + i * to.ld, from.data + i * from.ld, size_t(from.cols) * sizeof(T));
+  for (int64_t i = 0; i < from.rows; ++i) std::memcpy(to.data + i * to.ld, from.data + i * from.ld, size_t(from.cols) * sizeof(T));
 }
 
 // Eight columns of Gaussians, the same at every call, as rows: ‖H⁻¹ω‖ falls under ‖H⁻¹‖/100 with probability 0.8%, of all with 2e-17.
@@ -61,6 +59,7 @@ struct RightInverse {
   Matrix<T> H, factor;  // factor (k, k): (HHᵀ)⁻¹, or the LU of Hᵀ as Fortran reads H's memory
   std::vector<int> pivots;
   bool square = false;
+  double condition = 0;  // of a square H, probed
 
   // False: singular, not finite, or conditioned beyond the limits; `work` holds at least k * max(k, kProbes) elements.
   bool of(const Matrix<T>& H_, T* work, const Limits& limits) {
@@ -79,7 +78,8 @@ struct RightInverse {
       solve(probes, "N");
       double inverse = 0;
       for (int64_t i = 0; i < kProbes; ++i) inverse = std::fmax(inverse, squares(Matrix<T>{work + i * k, 1, k, k}));
-      return std::sqrt(squares(H)) * std::sqrt(inverse) <= limits.square;
+      condition = std::sqrt(squares(H)) * std::sqrt(inverse);
+      return condition <= limits.square;
     }
     product(H, As::Is, H, As::Transposed, factor);
     const double gram = std::sqrt(squares(factor));

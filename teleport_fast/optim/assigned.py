@@ -109,6 +109,10 @@ class Assigned:
         found = (self.owned_side(g, i, axis) for axis in (0, 1))
         return [side for side in found if side is not None]
 
+    def everyone(self) -> dict[Owner, list[tuple[Owner, Side]]]:
+        """The turned sides of all parameters by owner, those without a gradient too."""
+        return self.members((g, i) for g, group in enumerate(self._groups) for i in range(len(group)))
+
     def members(self, places: Iterable[Place]) -> dict[Owner, list[tuple[Owner, Side]]]:
         """The turned sides of these places by owner, in order."""
         found: dict[Owner, list[tuple[Owner, Side]]] = {}

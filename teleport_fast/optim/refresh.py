@@ -19,6 +19,7 @@ AXES = ("rows", "columns")
 # Devices where Householder's QR is no slower than the Cholesky factor's: on a CPU 0.8 to 0.9 of its time (h 64 to 512).
 HOUSEHOLDER = ("cpu",)
 State = Mapping[Tensor, dict[str, Any]]
+Members = dict[Owner, list[tuple[Owner, Side]]]
 Groups = list[dict[str, Any]]
 
 
@@ -64,9 +65,13 @@ class Refresh:
         """Drop what belongs to a state that is gone."""
         self._pending = {}
 
-    def step_(self, groups: Groups, state: State, members: dict[Owner, list[tuple[Owner, Side]]]) -> None:
-        """Take up the gradients of `members` (sides by owner), and turn the bases that are due."""
+    def step_(self, groups: Groups, state: State, members: Members, everyone: Members) -> None:
+        """Take up the gradients of `members` (sides by owner), and turn the bases that are due.
+
+        `everyone` are all sides of each basis: first moments of parameters without a gradient in this step turn along.
+        """
         due: dict[tuple[Any, ...], list[Owner]] = {}
+        moments: dict[Owner, list[Tensor]] = {}
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
             views = [view_of(groups[g]["params"][i].grad, a, side.heads) for (g, i, a), side in sides]
@@ -81,17 +86,23 @@ class Refresh:
                 basis = entry[f"{axis}_basis"]
                 # a first basis is cold, and its images are far from orthogonal
                 cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
-                key = (basis.shape, holder.dtype, basis.device, cold, len(sides))
+                moments[owner] = [
+                    view_of(state[parameter]["exp_avg"], a, side.heads)
+                    for (g, i, a), side in everyone[owner]
+                    if "exp_avg" in state.get(parameter := groups[g]["params"][i], {})
+                ]
+                key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]))
                 due.setdefault(key, []).append(owner)
         for (shape, dtype, _, by_householder, _), owners in due.items():
-            self._turn_(groups, state, members, owners, shape[0], accumulation_dtype(dtype), by_householder)
+            turning = [view for owner in owners for view in moments[owner]]
+            self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
 
     def _turn_(
         self,
         groups: Groups,
         state: State,
-        members: dict[Owner, list[tuple[Owner, Side]]],
         owners: list[Owner],
+        moments: list[Tensor],
         heads: int,
         dtype: torch.dtype,
         by_householder: bool,
@@ -105,11 +116,6 @@ class Refresh:
             entry[f"{axis}_basis"].copy_(after[rows])
             if before.device.type not in HOUSEHOLDER:
                 self._send(owner, entry, axis, ill[rows].any())
-        moments = [
-            view_of(state[groups[g]["params"][i]]["exp_avg"], a, side.heads)
-            for owner in owners
-            for (g, i, a), side in members[owner]
-        ]
         group_action_(moments, [], after @ before.mT, joints=len(owners))
 
     def _send(self, owner: Owner, entry: dict[str, Any], axis: str, ill: Tensor) -> None:

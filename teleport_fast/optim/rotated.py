@@ -137,7 +137,7 @@ class Rotated(Optimizer):
         turned = [place for place in places if self._assigned.of(*place).turned]
         for g, i in turned:
             self._begin(self.param_groups[g]["params"][i], self.param_groups[g]["base"])
-        self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned))
+        self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
         self._step_turned(turned)
         self._step_rest([place for place in places if not self._assigned.of(*place).turned])
         return loss
@@ -148,7 +148,8 @@ class Rotated(Optimizer):
             return True
         device = next(iter(found.values())).device
         # a sum is not finite where an entry is not, and costs a third of a norm; it may also overflow
-        sums = [gradient.sum(dtype=accumulation_dtype(gradient.dtype)).to(device) for gradient in found.values()]
+        real = [torch.view_as_real(g) if g.is_complex() else g for g in found.values()]
+        sums = [gradient.sum(dtype=accumulation_dtype(gradient.dtype)).to(device) for gradient in real]
         if bool(torch.stack(sums).isfinite().all()):
             return True
         bad = next((place for place, gradient in found.items() if not bool(gradient.isfinite().all())), None)

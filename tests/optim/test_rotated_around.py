@@ -202,6 +202,26 @@ def test_frozen_parameters_and_missing_gradients_stay(
     assert [float(optimizer.state[p]["step"]) for p in (k, v)] == [2, 3]
 
 
+def test_moments_without_a_gradient_turn_along_with_a_shared_basis(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], loss_of: Callable[..., Tensor]
+) -> None:
+    """Brought back to the weights' coordinates the moment is the same; left in the old basis (the control) it is not."""
+    q, k = gpt.blocks[0].attention.q.weight, gpt.blocks[0].attention.k.weight
+    optimizer = Rotated(gpt.named_parameters(), symmetries=symmetries, stream="site", heads=False, every=1)
+    train(gpt, optimizer, 3)
+    bases, moments = [], []
+    for step in (3, 4):
+        bases.append(optimizer.state[q]["columns_basis"][0].clone())
+        moments.append(optimizer.state[k]["exp_avg"].clone())
+        optimizer.zero_grad()
+        loss_of(gpt, step).backward()
+        k.grad = None
+        optimizer.step()
+    torch.testing.assert_close(moments[1] @ bases[1], moments[0] @ bases[0], rtol=1e-10, atol=1e-14)
+    stale = (moments[0] @ bases[1] - moments[0] @ bases[0]).norm() / moments[0].norm()
+    assert float(stale) > 0.01
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["blocks.1.mlp.up.weight", "head.weight"])
 def test_a_step_with_a_non_finite_gradient_leaves_every_bit(

@@ -135,7 +135,8 @@ def twenty(options: Options, data: Data, name: str, drawn: Drawn) -> tuple[Table
 def settings(options: Options, data: Data, epochs: int, at: int) -> dict[str, object]:
     """What the two studies report."""
     return {
-        "data": data.name, "training images": len(data.labels), "widths": [len(data.X), 16, 10, data.classes], "optimizer": "SGD",
+        "data": data.name, "pixels": "standardised",
+        "training images": len(data.labels), "widths": [len(data.X), 16, 10, data.classes], "optimizer": "SGD",
         "lr": 1e-2, "batch": 20, "epochs": epochs, "teleport before epoch": at, "images of a teleport": IMAGES, "seeds": options.seeds,
         "images of the measure": f"{2 * IMAGES} others",
     }

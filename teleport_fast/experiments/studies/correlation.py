@@ -68,7 +68,8 @@ def run(options: Options) -> Outcome:
         title="Sharpness, curvature and the generalization gap",
         source="arXiv 2305.13404, section 4 (table 1, figures 10 and 11) and its code",
         settings={
-            "data": data.name, "widths": [len(data.X), 16, 10, data.classes], "optimizer": "SGD", "lr": 1e-2, "batch": 20, "epochs": epochs,
+            "data": data.name, "pixels": "standardised",
+            "widths": [len(data.X), 16, 10, data.classes], "optimizer": "SGD", "lr": 1e-2, "batch": 20, "epochs": epochs,
             "second set's lr": RATES, "second set's batch": SIZES, "radii": SMALL, "wide radii": RADII, "directions": DIRECTIONS,
             "images a batch": IMAGES, "batches": BATCHES, "seeds": len(options.seeds), "bootstrap": "10,000 draws of pairs, percentiles",
         },

@@ -30,6 +30,13 @@ def small() -> Data:
     return Data("digits", data.X[:, :100], data.labels[:100], data.X_test[:, :50], data.labels_test[:50], 10)
 
 
+def test_inputs_are_standardised_by_the_training_split() -> None:
+    data = data_of(Options())
+    assert data.X.shape == (64, 1400) and data.X_test.shape == (64, 397)
+    assert abs(float(data.X.mean())) < 1e-12 and float(data.X.std(correction=0)) == pytest.approx(1)
+    assert abs(float(data.X_test.mean())) > 1e-6
+
+
 def test_training_is_sgd_on_the_mean_cross_entropy() -> None:
     data = small()
     weights = start(data, 3)
