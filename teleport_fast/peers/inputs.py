@@ -64,11 +64,11 @@ def collecting(model: nn.Module, layers: list[Collected]) -> Iterator[None]:
     """Within, every forward of the layers adds its inputs to them."""
     by_weight = {id(layer.linear.weight): layer for layer in layers}
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        by_weight[id(module.weight)].add(args[0])
+    def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        by_weight[id(module.weight)].add(args[0] if args else named["input"])
 
     readers = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module.weight) in by_weight]
-    handles = [module.register_forward_pre_hook(hook) for module in readers]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in readers]
     try:
         yield
     finally:

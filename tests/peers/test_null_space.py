@@ -138,7 +138,7 @@ def test_tied_layers_see_the_inputs_of_both_and_shared_embeddings_stay() -> None
             self.unused = nn.Linear(9, 9)
 
         def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.second(torch.tanh(self.first(self.embedding(tokens))))))
+            return self.head(torch.tanh(self.second(input=torch.tanh(self.first(self.embedding(tokens))))))
 
     model = Tied().double()
     tokens = torch.tensor([[0, 1], [2, 1]])
