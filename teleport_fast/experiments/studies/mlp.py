@@ -72,11 +72,11 @@ def train(optimizer: str, arm: str, lr: float, seed: int) -> Run:
     losses: list[float] = []
     before = after = rise = math.nan
     for step in range(STEPS + 1):
-        if step == TELEPORT_AT and moves:
+        if step == TELEPORT_AT and state == "reset" and not moves:
+            reset_state_(stepper, model)
+        if step == TELEPORT_AT and moves and loss_fn(model(inputs).mT).item() < DIVERGED:
             options: dict[str, Any] = {"parity": "neurips22"} if moves == "published" else {"cap": RISE * _squared_norm(model, inputs, loss_fn)}
-            project = state == "project"
-            policy = "carry" if project else state
-            second = "project" if project else "keep"
+            policy, second = ("carry", "project") if state == "project" else (state, "keep")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RankWarning)
                 try:
@@ -89,13 +89,10 @@ def train(optimizer: str, arm: str, lr: float, seed: int) -> Run:
                     break
             before, after = report.loss_before or math.nan, report.loss_after or math.nan
             rise = report.objective_after / report.objective_before
-        elif step == TELEPORT_AT and state == "reset":
-            reset_state_(stepper, model)
         stepper.zero_grad()
         loss = loss_fn(model(inputs).mT)
-        losses.append(loss.item())
-        if not losses[-1] < DIVERGED:
-            losses[-1] = math.inf
+        losses.append(loss.item() if loss.item() < DIVERGED else math.inf)
+        if losses[-1] == math.inf:
             break
         loss.backward()
         stepper.step()
