@@ -15,6 +15,8 @@ from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse
 from teleport_fast.data_dependent.report import StepRecord
 
 HALVINGS = 30
+# Closer to the cap than this an ascent has nothing left to gain, and 30 halvings would each cost a move to find that out.
+NEAR_CAP = 0.99
 # What one exact step may move the loss by: a hundredth of the digits that a well-conditioned element leaves.
 LOSS_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
@@ -48,6 +50,9 @@ def ascend_with_search(
     for _ in range(steps):
         exact = all(inverse.full_columns for inverse in path.factors)
         before = path.back
+        if sign > 0 and NEAR_CAP * cap <= before.J:
+            path.stopped = f"squared gradient norm {before.J:.3g} at the cap {cap:.3g}"
+            break
         gradients = lie_gradient(path.net, before, hessian_product(path.net, before, loss), frame, path.factors)
         scale = 1.0 / max(1.0, lr * max(float(gradient.norm()) for gradient in gradients) / radius)
         for _ in range(HALVINGS):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,7 +94,10 @@ def train(images: Images, setting: Setting, arm: Arm, seeds: Sequence[int]) -> T
 def teleport(
     stack: Stack, seed: int, X: Tensor, labels: Tensor, arm: Arm, stream: torch.Generator, optimizer: torch.optim.Optimizer | None = None
 ) -> list[TeleportReport]:
-    """One teleport of the network at place `seed` on a mini-batch drawn from `stream`; none where it has diverged."""
+    """One teleport of the network at place `seed` on a mini-batch drawn from `stream`.
+
+    None, and the network as it was, where it has diverged or a published loop leaves the finite numbers within its steps.
+    """
     move = arm.move
     assert move is not None
     few = torch.randperm(len(labels), generator=stream)[: move.batch]
@@ -106,8 +109,12 @@ def teleport(
         # Counted and shown in the study's table instead of said at each of hundreds of teleports.
         warnings.simplefilter("ignore", RankWarning)
         warnings.simplefilter("ignore", RoundOffWarning)
-        report = stack.teleport_(
-            seed, X[:, few], CrossEntropy(labels[few]), optimizer if arm.state == "carry" else None, move.form,
-            second_moments=move.second_moments, steps=move.steps, lr=move.lr, cap=move.cap, parity=move.parity, **options,
-        )
-    return [report]
+        try:
+            report = stack.teleport_(
+                seed, X[:, few], CrossEntropy(labels[few]), optimizer if arm.state == "carry" else None, move.form,
+                second_moments=move.second_moments, steps=move.steps, lr=move.lr, cap=move.cap, parity=move.parity, **options,
+            )
+        except torch.linalg.LinAlgError:
+            return []
+    # Without the steps' matrices, which nobody reads here and a process would have to hand over.
+    return [replace(report, steps=[])]
