@@ -13,8 +13,6 @@
 #define TELEPORT_FAST_FORTRAN(p, T)                                                                                               \
   void p##gemm_(const char*, const char*, const int*, const int*, const int*, const T*, const T*, const int*, const T*, const int*, \
                 const T*, T*, const int*) __attribute__((weak));                                                                  \
-  void p##trsm_(const char*, const char*, const char*, const char*, const int*, const int*, const T*, const T*, const int*, T*,    \
-                const int*) __attribute__((weak));                                                                                \
   void p##potrf_(const char*, const int*, T*, const int*, int*) __attribute__((weak));                                            \
   void p##potri_(const char*, const int*, T*, const int*, int*) __attribute__((weak));                                            \
   void p##getrf_(const int*, const int*, T*, const int*, int*, int*) __attribute__((weak));                                       \
@@ -29,7 +27,7 @@ TELEPORT_FAST_FORTRAN(s, float)
 namespace teleport_fast {
 
 inline bool blas_present() {
-  return &dgemm_ && &sgemm_ && &dtrsm_ && &strsm_ && &dpotrf_ && &spotrf_ && &dpotri_ && &spotri_ && &dgetrf_ && &sgetrf_ && &dgetrs_ &&
+  return &dgemm_ && &sgemm_ && &dpotrf_ && &spotrf_ && &dpotri_ && &spotri_ && &dgetrf_ && &sgetrf_ && &dgetrs_ &&
          &sgetrs_;
 }
 
@@ -38,7 +36,6 @@ struct Blas;
 template <>
 struct Blas<double> {
   static constexpr auto gemm = dgemm_;
-  static constexpr auto trsm = dtrsm_;
   static constexpr auto potrf = dpotrf_;
   static constexpr auto potri = dpotri_;
   static constexpr auto getrf = dgetrf_;
@@ -47,7 +44,6 @@ struct Blas<double> {
 template <>
 struct Blas<float> {
   static constexpr auto gemm = sgemm_;
-  static constexpr auto trsm = strsm_;
   static constexpr auto potrf = spotrf_;
   static constexpr auto potri = spotri_;
   static constexpr auto getrf = sgetrf_;
