@@ -76,6 +76,7 @@ LATENT = [
 LLAMA = 2 * [*GROUPED, *mlp(28, "diagonal"), *norms(2, 20)] + norms(1, 20) + stream(20, False)
 LLAMA_24 = 2 * [*GROUPED, *mlp(28, "diagonal"), *norms(2, 24)] + norms(1, 24) + stream(24, False)
 GPT = 2 * [*WHOLE, *mlp(28, None), *norms(2, 24)] + norms(1, 24) + stream(24, True)
+PARALLEL = 2 * mlp(28, None) + norms(3, 24) + stream(24, True)  # attention and MLP read one norm
 T5_ATTENTION = ["value-output GL(6) x4", "query-key GL(6) x4"]
 CROSS = "heads permutation(4) x1"
 POST = signs("norm-signs", 20, 2)
@@ -138,6 +139,23 @@ JOINTS: dict[str, list[str]] = {
         "expert-order permutation(3) x2",
         "expert-group-order permutation(2) x1",
     ],
+    "phi": PARALLEL + 2 * attention(4, 6, "query-key-rotary rotary(6) of 4 half"),
+    "gptj": PARALLEL + 2 * attention(4, 6, "query-key-rotary rotary(6) of 4 interleaved"),
+    "cohere": (
+        2 * [*attention(2, 6, "query-key-rotary rotary(6) interleaved", queries=2), *mlp(28, "diagonal")]
+        + norms(3, 24)
+        + stream(24, True)
+    ),
+    # each key head's queries, key and value lie side by side
+    "falcon": 2 * [*GROUPED, *mlp(28, None), *norms(2, 24)] + norms(1, 24) + stream(24, True),
+    # ReLU², gains stored as 1 + w under LayerNorm, and half of 6 rounded to 4 rotated dimensions
+    "nemotron": [
+        *(2 * attention(2, 6, "query-key-rotary rotary(6) of 4 half", queries=2)),
+        *(2 * ["up-down-squared positive diagonal(28) x1", *mlp(28, None)]),
+        *(norms(5, 24) + stream(24, True)),
+    ],
+    # the second layer has no rotary embedding
+    "smollm3": [row for row in LLAMA_24 if row != f"{HALF} x2"] + [f"{HALF} x2", "query-key GL(6) x2"],
 }
 # Families whose own forward stays in the model's dtype; the others cast to float32 (norms, softmax, rotary, routers).
 WIDE = {"gpt2", "bert", "whisper"}
