@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import teleport_fast as tf
 from teleport_fast import find_symmetries, fold_norm_gains_
 from teleport_fast.discovery.inputs import guess_inputs
 from teleport_fast.symmetry import GeneralLinear, Joint, Orthogonal, Permutation, Rotary
@@ -382,3 +383,27 @@ def test_inputs_are_guessed_from_the_config(family: str, zoo: Any, found_in: Fin
     assert all(value.dtype.is_floating_point == found.inputs[key].is_floating_point() for key, value in guessed.items())
     prover = Prover(found.model, guessed)
     assert prover.prove(found.symmetries.joints[0], 1e-10).ok
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "clip", "deepseek_v3"])
+def test_a_teleport_raises_the_gradient_and_keeps_the_loss(family: str, zoo: Any, found_in: Find) -> None:
+    """The whole way on a real model: find, attach, backward, step; the optimizer itself stands still."""
+    model, inputs = zoo.build(family)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=1e-30)
+    teleporter = tf.attach(optimizer, found_in(family).symmetries, objective="grad_norm", schedule=tf.At(0), radius=0.3)
+    before = sum(value.square().mean() for value in outputs(model, inputs))
+    assert isinstance(before, Tensor)
+    before.backward()
+    optimizer.step()
+    (record,) = teleporter.history
+    assert record.objective_after > 1.2 * record.objective_before
+    after = sum(value.square().mean() for value in outputs(model, inputs))
+    assert float((after - before).detach()) == pytest.approx(0.0, abs=1e-6 * float(before.detach()))
+
+
+def test_found_joints_hold_again_on_other_inputs(found_in: Find) -> None:
+    found = found_in("qwen2_moe")
+    inputs = {"input_ids": found.inputs["input_ids"].flip(1)}
+    report = found.symmetries.verify(found.model, inputs)
+    assert report.ok
+    assert report.max_deviation <= 1e-10
