@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
-from teleport_fast.symmetry.diagonal_groups import Diagonal
+from teleport_fast.symmetry.diagonal_groups import Diagonal, Signs
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.plain_copy import plain_copy
 from teleport_fast.symmetry.widen import WideCasts
@@ -153,17 +153,30 @@ class Prover:
     @torch.no_grad()
     def _deviations(self, joint: Joint, element: Element) -> tuple[float, float]:
         """In eval mode, and in training mode where that is another function; 0 where it is not looked at."""
-        saved = {name: self.tensors[name].clone() for name in (*joint.parameters(), *joint.buffers())}
+        undo = Element(element.form, joint.group.inverse(element.g)) if _undone_exactly(joint) else None
+        moved = () if undo else (*joint.parameters(), *joint.buffers())
+        saved = {name: self.tensors[name].clone() for name in moved}
+        bucket = Bucket((joint,))
         try:
-            Bucket((joint,)).move_(element, [(PARAMETER, self.tensors)])
+            bucket.move_(element, [(PARAMETER, self.tensors)])
             deviation, training = relative_deviation(self.call(), self.before), 0.0
             masked = self.drops_units and joint.group.form == "permutation"
             if (self.batch_statistics or self.drops_units) and not masked and not self.no_training:
                 training = relative_deviation(self._call_training(1), self.before_training)
             return deviation, training
         finally:
+            if undo is not None:
+                bucket.move_(undo, [(PARAMETER, self.tensors)])
             for name, value in saved.items():
                 self.tensors[name].copy_(value)
+
+
+def _undone_exactly(joint: Joint) -> bool:
+    """Whether the inverse restores every bit, so that no copy is kept: orders and signs, one view per axis."""
+    views = list(joint.views())
+    axes = {(view.parameter, view.axis) for view in views}
+    plain = joint.group.form == "permutation" or isinstance(joint.group, Signs)
+    return plain and len(axes) == len(views) and not any(view.shift for view in views)
 
 
 def verify(joints: Iterable[Joint], model: nn.Module, inputs: Any = None, tolerance: float = 1e-10) -> VerifyReport:
