@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,18 @@ def beyond(proposals: Iterable[Candidate], found: Iterable[Joint]) -> list[Candi
         held = any((orders or (scales and stretches)) and places <= whole for stretches, whole in reach)
         return taken.isdisjoint(own) and not held
 
-    return [candidate for candidate in proposals if fresh(candidate)]
+    names = {joint.name for joint in found}
+    return [_named_apart(candidate, names) for candidate in proposals if fresh(candidate)]
+
+
+def _named_apart(candidate: Candidate, names: set[str]) -> Candidate:
+    """The candidate under a name that nobody has yet: a recurrent layer reads several spaces with one module."""
+    name, number = candidate.name, 2
+    while name in names:
+        name, number = f"{candidate.name}-{number}", number + 1
+    names.add(name)
+    joints = tuple(replace(joint, name=name) for joint in candidate.alternatives)
+    return replace(candidate, name=name, alternatives=joints)
 
 
 def entries(joint: Joint) -> set[tuple[tuple[str, bool], str, int, int]]:
