@@ -153,8 +153,8 @@ def _query_key(role: Attention, views: Views) -> Candidate:
         normed = " and ".join(child.rpartition(".")[2] for child, _ in role.norms)
         return Candidate(name, "query-key", (), f"queries and keys pass through a norm ({normed}) before they meet")
     groups: list[tuple[str, Group]] = [("query-key", GeneralLinear(width))]
-    for rotary in dict.fromkeys((width, *role.rotary)):
-        if rotary % 2 == 0 and 0 < rotary <= width:
+    for rotary in (*role.rotary, width):  # the fewer are rotated, the larger the group
+        if rotary % 2 == 0:
             groups += [("query-key-rotary", Rotary(width, rotary=rotary, layout=x)) for x in ("half", "interleaved")]
     joints = []
     for kind, group in groups:

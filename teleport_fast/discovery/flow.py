@@ -109,6 +109,8 @@ class Flow(TorchFunctionMode):
             self._units.unite(self._hold([result, *wide]))
         if len(wide) != 1 or len(wide) + len(gains) + len(numbers) < len(operands):
             return
+        if not gains:
+            self._vectors.unite(self._hold([result, *wide]))
         self._unite(self._hold([result, *wide, *gains]))
         self._scaled.update(_memory(x) for x in gains)
 

@@ -28,14 +28,14 @@ def gain_shift(norm: nn.Module) -> float:
     """1.0 where the norm multiplies by 1 + w, 0.0 where it multiplies by w: read off a copy's output at w = 0."""
     if type(norm) in (nn.LayerNorm, nn.RMSNorm):
         return 0.0
-    output = _output(norm, 0.0, torch.linspace(-1.0, 2.0, _width(norm)))
+    output = _output(norm, 0.0, torch.linspace(-1.0, 2.0, _width(norm), device="cpu"))
     return 1.0 if output is not None and bool(output.abs().sum() > 0) else 0.0
 
 
 @torch.no_grad()
 def centres(norm: nn.Module) -> bool:
     """Whether the norm takes the mean away (LayerNorm), so that no unit's sign stands alone."""
-    x = torch.linspace(-1.0, 2.0, _width(norm)).square()
+    x = torch.linspace(-1.0, 2.0, _width(norm), device="cpu").square()
     first, second = (_output(norm, 1.0, x + c) for c in (0.0, 3.0))
     return first is None or second is None or bool((first - second).abs().max() < 1e-3)
 

@@ -23,6 +23,8 @@ GATE_UP = ("gate_up_proj", "gate_up", "w12")
 QUERY_NORM = ("q_norm", "query_norm", "q_layernorm", "norm_q")
 KEY_NORM = ("k_norm", "key_norm", "k_layernorm", "norm_k")
 HEADS = ("heads", "num_heads", "n_heads", "n_head", "num_attention_heads", "nhead", "nh")
+ROTATED = ("rotary_ndims", "rotary_dim", "rotary_emb_dim")
+ROTATED_PART = ("partial_rotary_factor", "rotary_pct")
 KV_HEADS = ("kv_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "num_key_value_heads")
 
 
@@ -207,7 +209,7 @@ def separate_attention(
     if not fits:
         sizes_text = f"q {query.size}, k {key.size}, v {value.size}, output reads {output.in_features}"
         return Unusable(name, f"sizes do not fit {heads} heads and {kv_heads} key/value heads: {sizes_text}")
-    return Attention(name, query, key, value, output, heads, kv_heads, (), norms(name, module), rotated(module))
+    return Attention(name, query, key, value, output, heads, kv_heads, (), norms(name, module), rotated(module, head_dim))
 
 
 def fused_attention(name: str, module: nn.Module, fused: Slot, output: Slot) -> Attention | Unusable:
@@ -227,7 +229,7 @@ def fused_attention(name: str, module: nn.Module, fused: Slot, output: Slot) -> 
     query, key, value = (Slot(fused.layer, fused.module, s, n) for s, n in zip(adjacent, sizes, strict=True))
     q, k, v = (Slot(fused.layer, fused.module, s, n, stride) for s, n in zip(within, sizes, strict=True))
     others = ((q, k, v),) if kv_heads > 1 else ()
-    return Attention(name, query, key, value, output, heads, kv_heads, others, norms(name, module), rotated(module))
+    return Attention(name, query, key, value, output, heads, kv_heads, others, norms(name, module), rotated(module, head_dim))
 
 
 def _no_heads(name: str) -> Unusable:
@@ -246,9 +248,14 @@ def norms(name: str, module: nn.Module) -> tuple[tuple[str, nn.Module], ...]:
     return tuple(found)
 
 
-def rotated(module: nn.Module) -> tuple[int, ...]:
-    """Numbers of rotated dimensions that the module or its config speaks of."""
-    return tuple(x for x in (count(module, ("rotary_ndims", "rotary_dim", "rotary_emb_dim")),) if x is not None)
+def rotated(module: nn.Module, width: int) -> tuple[int, ...]:
+    """Even numbers of rotated dimensions below the head's width that the module or its config speaks of."""
+    config = getattr(module, "config", None)
+    owners = (module, config, getattr(config, "rope_parameters", None))
+    values = [o.get(n) if isinstance(o, dict) else getattr(o, n, None) for o in owners for n in (*ROTATED, *ROTATED_PART)]
+    numbers = [v if isinstance(v, int) else int(v * width) for v in values if isinstance(v, (int, float)) and v > 0]
+    even = {n + odd for n in numbers for odd in ((0,) if n % 2 == 0 else (-1, 1))}
+    return tuple(sorted(n for n in even if 0 < n < width))
 
 
 def find(prefix: str, module: nn.Module, names: tuple[str, ...]) -> Slot | None:

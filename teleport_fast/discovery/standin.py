@@ -26,13 +26,13 @@ class StandIn:
     model: nn.Module
     blocks: dict[str, list[str]]
 
-    def inputs(self, inputs: Any) -> Any:
-        """The same inputs with every id among the rows kept, on the CPU."""
+    def inputs(self, inputs: Any, tokens: int | None = None) -> Any:
+        """The same inputs with every id among the rows kept, on the CPU; `tokens` cuts sequences of ids to that length."""
 
         def keep(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            return value.cpu() % ROWS if value.dtype == torch.int64 else value.cpu()
+            return value.cpu()[..., :tokens] % ROWS if value.dtype == torch.int64 else value.cpu()
 
         return tree_map(keep, inputs)
 

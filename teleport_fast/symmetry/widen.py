@@ -37,6 +37,9 @@ class WideCasts(TorchFunctionMode):
             narrow, args = True, tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         if keywords.get("dtype") is torch.float32:
             narrow, keywords["dtype"] = True, torch.float64
+        result = func(*args, **keywords)
         if narrow and args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             self.casts += 1
-        return func(*args, **keywords)
+            if result is args[0]:
+                result = result.clone()  # a cast copies, which makes strides those of a dense tensor
+        return result

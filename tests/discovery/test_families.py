@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import teleport_fast as tf
 from teleport_fast import find_symmetries, fold_norm_gains_
 from teleport_fast.discovery.inputs import guess_inputs
 from teleport_fast.symmetry import GeneralLinear, Joint, Orthogonal, Permutation, Rotary
@@ -76,6 +77,7 @@ LATENT = [
 LLAMA = 2 * [*GROUPED, *mlp(28, "diagonal"), *norms(2, 20)] + norms(1, 20) + stream(20, False)
 LLAMA_24 = 2 * [*GROUPED, *mlp(28, "diagonal"), *norms(2, 24)] + norms(1, 24) + stream(24, False)
 GPT = 2 * [*WHOLE, *mlp(28, None), *norms(2, 24)] + norms(1, 24) + stream(24, True)
+PARALLEL = 2 * mlp(28, None) + norms(3, 24) + stream(24, True)  # attention and MLP read one norm
 T5_ATTENTION = ["value-output GL(6) x4", "query-key GL(6) x4"]
 CROSS = "heads permutation(4) x1"
 POST = signs("norm-signs", 20, 2)
@@ -138,6 +140,23 @@ JOINTS: dict[str, list[str]] = {
         "expert-order permutation(3) x2",
         "expert-group-order permutation(2) x1",
     ],
+    "phi": PARALLEL + 2 * attention(4, 6, "query-key-rotary rotary(6) of 4 half"),
+    "gptj": PARALLEL + 2 * attention(4, 6, "query-key-rotary rotary(6) of 4 interleaved"),
+    "cohere": (
+        2 * [*attention(2, 6, "query-key-rotary rotary(6) interleaved", queries=2), *mlp(28, "diagonal")]
+        + norms(3, 24)
+        + stream(24, True)
+    ),
+    # each key head's queries, key and value lie side by side
+    "falcon": 2 * [*GROUPED, *mlp(28, None), *norms(2, 24)] + norms(1, 24) + stream(24, True),
+    # ReLU², gains stored as 1 + w under LayerNorm, and half of 6 rounded to 4 rotated dimensions
+    "nemotron": [
+        *(2 * attention(2, 6, "query-key-rotary rotary(6) of 4 half", queries=2)),
+        *(2 * ["up-down-squared positive diagonal(28) x1", *mlp(28, None)]),
+        *(norms(5, 24) + stream(24, True)),
+    ],
+    # the second layer has no rotary embedding
+    "smollm3": [row for row in LLAMA_24 if row != f"{HALF} x2"] + [f"{HALF} x2", "query-key GL(6) x2"],
 }
 # Families whose own forward stays in the model's dtype; the others cast to float32 (norms, softmax, rotary, routers).
 WIDE = {"gpt2", "bert", "whisper"}
@@ -368,3 +387,27 @@ def test_inputs_are_guessed_from_the_config(family: str, zoo: Any, found_in: Fin
     assert all(value.dtype.is_floating_point == found.inputs[key].is_floating_point() for key, value in guessed.items())
     prover = Prover(found.model, guessed)
     assert prover.prove(found.symmetries.joints[0], 1e-10).ok
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "clip", "deepseek_v3"])
+def test_a_teleport_raises_the_gradient_and_keeps_the_loss(family: str, zoo: Any, found_in: Find) -> None:
+    """The whole way on a real model: find, attach, backward, step; the optimizer itself stands still."""
+    model, inputs = zoo.build(family)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=1e-30)
+    teleporter = tf.attach(optimizer, found_in(family).symmetries, objective="grad_norm", schedule=tf.At(0), radius=0.3)
+    before = sum(value.square().mean() for value in outputs(model, inputs))
+    assert isinstance(before, Tensor)
+    before.backward()
+    optimizer.step()
+    (record,) = teleporter.history
+    assert record.objective_after > 1.2 * record.objective_before
+    after = sum(value.square().mean() for value in outputs(model, inputs))
+    assert float((after - before).detach()) == pytest.approx(0.0, abs=1e-6 * float(before.detach()))
+
+
+def test_found_joints_hold_again_on_other_inputs(found_in: Find) -> None:
+    found = found_in("qwen2_moe")
+    inputs = {"input_ids": found.inputs["input_ids"].flip(1)}
+    report = found.symmetries.verify(found.model, inputs)
+    assert report.ok
+    assert report.max_deviation <= 1e-10

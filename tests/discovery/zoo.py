@@ -46,7 +46,8 @@ DEEPSEEK = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
-GPT2 = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 28}
+EAGER = {"attn_implementation": "eager"}
+GPT2 = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_inner": 28, **TOKENS, **EAGER}
 VISION = {**WHOLE, "image_size": 8, "patch_size": 4}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 WHISPER = {
@@ -78,6 +79,7 @@ T5 = {
     "decoder_start_token_id": 0,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 16,
+    **EAGER,
 }
 IDS_ONLY = {"input_ids": IDS}
 # family: (model class, config class, config, inputs)
@@ -85,7 +87,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",
-        {**GPT2, **TOKENS, "tie_word_embeddings": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        {**GPT2, "tie_word_embeddings": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         IDS_ONLY,
     ),
     "opt": (
@@ -146,6 +148,18 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {
     ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**GROUPED, **EXPERTS, "num_experts": 5}, IDS_ONLY),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", {**DEEPSEEK, **EXPERTS}, IDS_ONLY),
+    # beyond the list: each has a detail that the builders were not written for
+    "phi": ("PhiForCausalLM", "PhiConfig", {**WHOLE, "partial_rotary_factor": 0.7}, IDS_ONLY),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", {**GPT2, "rotary_dim": 4, "tie_word_embeddings": False}, IDS_ONLY),
+    "cohere": ("CohereForCausalLM", "CohereConfig", GROUPED_24, IDS_ONLY),
+    "falcon": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**WHOLE, "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False, "ffn_hidden_size": 28},
+        IDS_ONLY,
+    ),
+    "nemotron": ("NemotronForCausalLM", "NemotronConfig", GROUPED_24, IDS_ONLY),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {**GROUPED_24, "no_rope_layers": [1, 0]}, IDS_ONLY),
 }
 
 
