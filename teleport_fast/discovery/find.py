@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -16,12 +16,12 @@ from teleport_fast.discovery.norms import norm_proposals
 from teleport_fast.discovery.residual import residual_candidate, stream_width, streams
 from teleport_fast.discovery.roles import Role, Unusable, canonical_names, roles
 from teleport_fast.discovery.standin import is_meta, stand_in
-from teleport_fast.discovery.trace.assemble import candidates as traced
-from teleport_fast.discovery.trace.propose import beyond, entries, reasons, record_model, record_on_meta
-from teleport_fast.discovery.trace.tape import Tape
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Finding, Symmetries, named_tensors
 from teleport_fast.symmetry.verify import CONTROL_FLOOR, Prover
+
+if TYPE_CHECKING:
+    from teleport_fast.discovery.trace.propose import Record
 
 TOLERANCE = 1e-10
 # Kinds whose single alternative holds wherever the names mean what they say; the others are known only by proof.
@@ -87,14 +87,16 @@ def _search(
     rejected = {finding.name for finding in findings if finding.status == "rejected"}
     refuted = bool(rejected if prover is None else rejected & orders)
     if left_over or refuted or _open_space(model, joints):
-        tape = _tape(model, example_inputs, prover)
-        seen = [] if tape is None else list(traced(tape))
-        if prover is None and tape is not None:
-            joints[:] = _confirmed(joints, seen, findings)
-        more = beyond(seen, joints)
-        for candidate in more:
-            decide(candidate)
-        left_over = _skipped(model, [*proposals, *more], findings, {} if tape is None else reasons(tape))
+        from teleport_fast.discovery.trace.propose import beyond  # 0.1 s of imports, so only here
+
+        record = _record(model, example_inputs, prover)
+        if record is not None:
+            if prover is None:
+                joints[:] = _confirmed(joints, record, findings)
+            more = beyond(record.candidates, joints)
+            for candidate in more:
+                decide(candidate)
+            left_over = _skipped(model, [*proposals, *more], findings, record.reasons)
     findings += left_over
     if prover is not None and prover.casts:
         reason = f"its forward casts to float32 {prover.casts} times, proven with these in float64"
@@ -169,8 +171,10 @@ def _open_space(model: nn.Module, joints: list[Joint]) -> bool:
     return lone or bool(rows & columns)
 
 
-def _tape(model: nn.Module, example_inputs: Any, prover: Prover | None) -> Tape | None:
+def _record(model: nn.Module, example_inputs: Any, prover: Prover | None) -> Record | None:
     """What a call of the model does, for modules that no builder knows; None where nobody says how to call it."""
+    from teleport_fast.discovery.trace.propose import record_model, record_on_meta
+
     if prover is not None:
         return record_model(prover.model, prover.call)
     try:
@@ -179,9 +183,11 @@ def _tape(model: nn.Module, example_inputs: Any, prover: Prover | None) -> Tape 
         return None
 
 
-def _confirmed(joints: list[Joint], seen: list[Candidate], findings: list[Finding]) -> list[Joint]:
+def _confirmed(joints: list[Joint], record: Record, findings: list[Finding]) -> list[Joint]:
     """Of the joints taken on trust, norm gains read what the recorded call shows; the others are rejected."""
-    shown = [entries(joint) for candidate in seen for joint in candidate.alternatives]
+    from teleport_fast.discovery.trace.propose import entries
+
+    shown = [entries(joint) for candidate in record.candidates for joint in candidate.alternatives]
     wrong = {joint.name for joint in joints if joint.kind == "norm-readers" and entries(joint) not in shown}
     for i, finding in enumerate(findings):
         if finding.name in wrong:

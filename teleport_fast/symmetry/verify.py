@@ -154,8 +154,9 @@ class Prover:
     def _deviations(self, joint: Joint, element: Element) -> tuple[float, float]:
         """In eval mode, and in training mode where that is another function; 0 where it is not looked at."""
         undo = Element(element.form, joint.group.inverse(element.g)) if _undone_exactly(joint) else None
-        names = () if undo else (*joint.parameters(), *joint.buffers())
-        saved, bucket = {name: self.tensors[name].clone() for name in names}, Bucket((joint,))
+        moved = () if undo else (*joint.parameters(), *joint.buffers())
+        saved = {name: self.tensors[name].clone() for name in moved}
+        bucket = Bucket((joint,))
         try:
             bucket.move_(element, [(PARAMETER, self.tensors)])
             deviation, training = relative_deviation(self.call(), self.before), 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teleport_fast.discovery.trace.products import contract, elementwise_parameter, read
-from teleport_fast.discovery.trace.rules import add, channels, multiply, rule
+from teleport_fast.discovery.trace.rules import add, channels, is_zero, multiply, rule
 from teleport_fast.discovery.trace.tape import Alias, Tape
 from teleport_fast.discovery.trace.units import BENT, PINNED
 
@@ -33,6 +33,9 @@ def product(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     if name == "linear":
         bias, x, w = (args[2] if len(args) > 2 else None), x, w
     known = tape.known(w)
+    if tape.known(x) is None and isinstance(x, Tensor) and is_zero(x):  # a first hidden state: nothing is read
+        given = tape.known(bias)
+        return tape.set(out, tape.data(given).expand(out.shape) if isinstance(given, Alias) else None)
     if isinstance(known, Alias) and known.view.ndim == 3 and (known.view.stride(0) == 0 or len(known.view) == 1):
         known = Alias(known.name, known.view[0], known.shift)  # one weight, expanded over a batch
     if isinstance(known, Alias) and known.view.ndim == 2 and not known.shift and name not in ("matmul", "mv"):

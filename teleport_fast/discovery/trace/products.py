@@ -127,6 +127,8 @@ def elementwise_parameter(tape: Tape, label: Tensor, alias: Alias, terms: tuple[
     view, ndim = alias.view, label.ndim
     dims = [d + ndim - view.ndim for d, size in enumerate(view.shape) if size > 1]
     along = [d for d in dims if _distinct(label, d)] if len(dims) > 1 else dims
+    if not dims and view.ndim and label.shape[-1] == 1:
+        along = [ndim - 1]  # a lone unit
     if len(along) != 1:
         return False
     dim = along[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from teleport_fast.discovery.candidates import Candidate
+from teleport_fast.discovery.trace.assemble import candidates
 from teleport_fast.discovery.trace.record import record
 from teleport_fast.discovery.trace.tape import Tape
 from teleport_fast.symmetry.joint import Joint
@@ -37,7 +39,18 @@ def beyond(proposals: Iterable[Candidate], found: Iterable[Joint]) -> list[Candi
         held = any((orders or (scales and stretches)) and places <= whole for stretches, whole in reach)
         return taken.isdisjoint(own) and not held
 
-    return [candidate for candidate in proposals if fresh(candidate)]
+    names = {joint.name for joint in found}
+    return [_named_apart(candidate, names) for candidate in proposals if fresh(candidate)]
+
+
+def _named_apart(candidate: Candidate, names: set[str]) -> Candidate:
+    """The candidate under a name that nobody has yet: a recurrent layer reads several spaces with one module."""
+    name, number = candidate.name, 2
+    while name in names:
+        name, number = f"{candidate.name}-{number}", number + 1
+    names.add(name)
+    joints = tuple(replace(joint, name=name) for joint in candidate.alternatives)
+    return replace(candidate, name=name, alternatives=joints)
 
 
 def entries(joint: Joint) -> set[tuple[tuple[str, bool], str, int, int]]:
@@ -46,23 +59,31 @@ def entries(joint: Joint) -> set[tuple[tuple[str, bool], str, int, int]]:
     return {(how, view.parameter, view.axis, view.start) for view in joint.views()}
 
 
-def reasons(tape: Tape) -> dict[str, str]:
-    """For each parameter that stays, the first reason why."""
-    found = dict(tape.opaque)
+@dataclass(frozen=True)
+class Record:
+    """What one recorded call shows: every candidate, and for each parameter that stays the first reason why."""
+
+    candidates: tuple[Candidate, ...]
+    reasons: dict[str, str]
+
+
+def _read(tape: Tape) -> Record:
+    found = tuple(candidates(tape))
+    reasons = dict(tape.opaque)
     for use in tape.uses:
         known = [tape.units.reasons[u] for u in use.unit.tolist() if u in tape.units.reasons]
         if known:
-            found.setdefault(use.parameter, known[0])
-    return found
+            reasons.setdefault(use.parameter, known[0])
+    return Record(found, reasons)
 
 
-def record_model(model: nn.Module, call: Callable[[], Any]) -> Tape:
-    """The tape of one call of a model that is in eval mode already."""
-    return record(dict(model.named_parameters()), dict(model.named_buffers()), call)
+def record_model(model: nn.Module, call: Callable[[], Any]) -> Record:
+    """The record of one call of a model that is in eval mode already."""
+    return _read(record(dict(model.named_parameters()), dict(model.named_buffers()), call))
 
 
-def record_on_meta(model: nn.Module, inputs: Any) -> Tape:
-    """The tape of a call on `meta`: shapes without numbers, so that nothing is computed and the model stays as it is."""
+def record_on_meta(model: nn.Module, inputs: Any) -> Record:
+    """The record of a call on `meta`: shapes without numbers, so that nothing is computed and the model stays as it is."""
 
     def ghosts(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         return {name: tensor.detach().to("meta") for name, tensor in named}
@@ -77,14 +98,13 @@ def record_on_meta(model: nn.Module, inputs: Any) -> Tape:
     parameters, buffers = ghosts(model.named_parameters()), ghosts(model.named_buffers())
     keywords = tree_map(ghost, dict(inputs)) if isinstance(inputs, Mapping) else {}
     positional = tuple(tree_map(ghost, inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+    def call() -> Any:
+        return functional_call(model, {**parameters, **buffers}, () if keywords else positional, keywords)
+
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return record(
-            parameters,
-            buffers,
-            lambda: functional_call(model, {**parameters, **buffers}, () if keywords else positional, keywords),
-        )
+        return _read(record(parameters, buffers, call))
     finally:
         for module in training:
             module.training = True

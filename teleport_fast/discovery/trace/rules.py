@@ -153,7 +153,7 @@ def add(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     elif isinstance(y, Alias):
         if not elementwise_parameter(tape, label, y, ((1.0, label),)):
             return False
-    elif not _zero(values[1]):
+    elif not is_zero(values[1]):
         tape.units.fix(label, "a constant is added")
         uniform(tape, label, values[1])
     return tape.set(out, torch.where(label < 0, y.expand(out.shape), label) if isinstance(y, Tensor) else label)
@@ -224,7 +224,9 @@ def _all(tape: Tape, label: Tensor, flag: int) -> bool:
 
 def uniform(tape: Tape, label: Tensor, value: Any, dense_only: bool = False) -> None:
     """A constant that differs from unit to unit keeps them apart; one that does not, no."""
-    if not isinstance(value, Tensor) or value.numel() == 1:
+    if not isinstance(value, Tensor) or value.numel() <= 1:
+        return
+    if not value.is_meta and bool((value == value.flatten()[0]).all()):
         return
     shape = (1,) * (label.ndim - value.ndim) + tuple(value.shape)
     for dim, size in enumerate(shape):
@@ -236,7 +238,8 @@ def uniform(tape: Tape, label: Tensor, value: Any, dense_only: bool = False) -> 
             return
 
 
-def _zero(value: Any) -> bool:
+def is_zero(value: Any) -> bool:
+    """Whether a constant is zero throughout; what is on meta is not known to be."""
     if isinstance(value, Tensor):
         return not value.is_meta and not bool(value.any())
     return bool(value == 0)
@@ -325,7 +328,7 @@ def masked(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
         return False
     label = label.expand(out.shape)
     uniform(tape, label, mask, dense_only=True)
-    if not _zero(other):
+    if not is_zero(other):
         tape.units.fix(label, "a constant is put in its place")
     return tape.set(out, label)
 

@@ -100,7 +100,7 @@ class Tape(TorchDispatchMode):
             if isinstance(known, Tensor):
                 self.units.pin(known, reason)
             elif isinstance(known, Alias):
-                self.hide(known, f"it goes through {reason}")
+                self.hide(known, f"it goes through operator {name}, which has no rule")
         if name.endswith("_"):
             for label in self.shared(args[0]):
                 self.units.pin(label, reason)
@@ -111,7 +111,7 @@ class Tape(TorchDispatchMode):
     def _applies(self, rule: Rule, out: Any, args: Any, keywords: Mapping[str, Any]) -> bool:
         try:
             return rule(self, out, args, keywords)
-        except (RuntimeError, IndexError, TypeError, NotImplementedError):
+        except (RuntimeError, IndexError, TypeError, ValueError, AssertionError, NotImplementedError):
             return False  # an overload that the rule does not foresee: as good as none
 
     def known(self, value: Any) -> Tensor | Alias | None:

@@ -77,7 +77,7 @@ def test_dropout_in_training_leaves_what_masks_commute_with(table: Table) -> Non
 
 
 def test_encoder_without_biases_in_several_layers(found_exactly: Check, table: Table) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoder(layer(bias=False), 2, nn.LayerNorm(8)), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoder(layer(bias=False), 2, nn.LayerNorm(8), False), nn.Linear(8, 3))
     found = without_stream(table(found_exactly(model, (noise(2, 5, 6),))))
     for index in (0, 1):
         prefix = f"1.layers.{index}"

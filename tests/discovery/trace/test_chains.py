@@ -169,6 +169,27 @@ def test_a_recurrent_state_moves_by_conjugation(found_exactly: Check, table: Tab
     assert {joint.group.form for joint in found_exactly(Recurrent(torch.tanh), x)} == {"permutation"}
 
 
+class Sequence(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.cells, self.head = kind(4, 6, num_layers=2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_the_states_of_torchs_recurrent_layers_can_be_reordered(kind: Any, found_exactly: Check) -> None:
+    found = found_exactly(Sequence(kind), (torch.randn(2, 3, 4, dtype=torch.float64),))
+    assert [str(joint.group) for joint in found] == ["permutation(6)", "permutation(6)"]
+    assert {name for joint in found for name in joint.parameters()} >= {"cells.weight_hh_l0", "cells.weight_hh_l1"}
+
+
+def test_a_lone_unit_scales() -> None:
+    found = find_symmetries(nn.Sequential(nn.Linear(3, 1), nn.ReLU(), nn.Linear(1, 2)), torch.randn(5, 3))
+    assert [str(joint.group) for joint in found] == ["positive diagonal(1)"]
+
+
 def test_structure_without_numbers_is_what_the_proof_finds(table: Table) -> None:
     model, x = Skip(), torch.randn(5, 4)
     training = {name: module.training for name, module in model.named_modules()}

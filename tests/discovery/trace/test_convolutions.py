@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import teleport_fast as tf
 from teleport_fast import Symmetries, find_symmetries
 
 Check = Callable[..., Symmetries]
@@ -257,3 +258,19 @@ def test_convnext(found_exactly: Check, table: Table) -> None:
     assert found.pop("norm.readers") == "norm-readers, diagonal(4), 1"
     assert found.pop("last.readers") == "norm-readers, diagonal(6), 1"
     assert sorted(found.values()) == ["channels, permutation(4), 1", "channels, permutation(6), 1"]
+
+
+@pytest.mark.parametrize("objective", ["grad_norm", "grad_l1", "balance"])
+def test_a_teleport_of_a_resnet_leaves_its_function_alone(objective: str) -> None:
+    model, (x,) = ResNet().double().eval(), images(4, 3, 8, 8)
+    found = find_symmetries(model, x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    teleporter = tf.attach(optimizer, found, objective=objective, schedule=tf.Once(), radius=0.3)
+    before, start = model(x).detach(), {name: value.clone() for name, value in model.state_dict().items()}
+    model(x).square().mean().backward()
+    optimizer.step()
+    (record,) = teleporter.history
+    assert record.objective_before != record.objective_after
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert {"layer1.conv2.weight", "layer1.bn1.weight"} <= moved
+    torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-10)
