@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from teleport_fast.data_dependent import reference
 from teleport_fast.data_dependent.activation import Activation, leaky_relu
 from teleport_fast.data_dependent.ascent import Arrival, Path, ascend_with_search, identity_plus
-from teleport_fast.data_dependent.checks import check_elements, check_network, check_teleport
+from teleport_fast.data_dependent.checks import all_finite, check_elements, check_network, check_teleport
 from teleport_fast.data_dependent.losses import LossFunction, output_loss
 from teleport_fast.data_dependent.moves import Frame, joint_factors, lie_gradient, move
 from teleport_fast.data_dependent.network import Network, backward, hessian_product, with_ones
@@ -216,6 +216,8 @@ class MLPAction:
             self.weights, self._X, loss_fn, code, self.activation, steps, lr, cap, ascend,
             lambda loss, J, Ts: records.append(StepRecord(loss, J, Ts, 1.0 if Ts else 0.0)),
         )
+        if not all(all_finite(weight) for weight in weights):
+            raise torch.linalg.LinAlgError(f"the published loop left the finite numbers within {steps} steps at lr {lr:g}; take a smaller lr")
         end = MLPAction(weights, self.X, form=self.form, activation=self.activation)._network()
         path = Path(end, backward(end, output_loss(loss_fn)), joint_factors(end, self._shared()), None, records, stopped)
         return self._teleported(weights, path.arrival(), loss_fn, records[0].objective, False, recheck, recheck_factor)

@@ -75,6 +75,12 @@ def test_a_published_loop_is_undone_too(form: str, batch: int) -> None:
         assert not action.teleport(loss, 2, 1e-2, parity=True, recheck=lambda weights: 1.0).report.undone
 
 
+def test_a_published_loop_that_leaves_the_finite_numbers_says_so() -> None:
+    weights, X = network(WIDTHS, BATCH)
+    with pytest.raises(torch.linalg.LinAlgError, match="the published loop left the finite numbers within 1 steps at lr 1e"):
+        MLPAction(weights, X).teleport(LOSS, 1, 1e300, parity=True)
+
+
 def test_the_fast_published_loop_is_the_double_backward_one() -> None:
     weights, X = network((20, 8, 6, 3), 30)
     loss = CrossEntropy(torch.arange(30) % 3)
