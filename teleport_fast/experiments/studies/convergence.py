@@ -47,7 +47,7 @@ class Run:
 def arms(lr: float, widths: tuple[int, ...]) -> tuple[Arm, ...]:
     """The arms; ours teleport on as few samples as the layers' inputs have ranks for, and ask the full data."""
     published = Move("v_exact", 200, 10, lr, parity=True)
-    ours = Move("u_exact", min(widths[:-2]) * 4 // 5, 10, lr, check=True)
+    ours = Move("u_exact", min(widths[:-2]) * 25 // 32, 10, lr, check=True)
     return (
         Arm(PLAIN, None, "keep"), Arm(RESET, None, "reset"), Arm(PUBLISHED, published, "reset"), Arm(TELEPORT, ours, "reset"),
         Arm(CARRIED, ours, "carry"),
