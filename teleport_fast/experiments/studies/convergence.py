@@ -73,7 +73,7 @@ def run(options: Options) -> Outcome:
         best = [_best(run, runs) for run in released]
         tables.append(_table(f"{name}, {'-'.join(map(str, widths))}, released learning rates", released))
         panels += _panels(name, released)
-        claims += _claims(name, "released", released)
+        claims += _claims(name, "quick" if options.quick else "released", released)
         if not options.quick:
             tuned = [run for run in best if run.arm != PUBLISHED and run.optimizer in TUNED]
             tables.append(_table(f"{name}, each arm's best of 1 and 10 (without teleports also 30) times the released rate", tuned))
