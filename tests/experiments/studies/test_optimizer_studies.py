@@ -82,6 +82,18 @@ def test_arms_differ_by_what_they_say_alone() -> None:
     assert len(moved.reports) == 4 and all(report.exact for report in moved.reports) and not plain.reports
 
 
+def test_samples_beyond_the_inputs_rank_are_left_out() -> None:
+    images = clusters()
+    X, labels = images.inputs(images.train).mT.clone(), images.train.labels
+    X[4:] = 0
+    run = train(images, Setting((12, 12, 12, 10), "momentum", 0.05, 1, 99), Arm("plain", None, "keep"), (0,))
+    optimizer = torch.optim.SGD(run.stack.weights, 0.1, momentum=0.9)
+    run.stack.cross_entropy(X, labels).sum().backward()
+    optimizer.step()
+    (report,) = teleport(run.stack, 0, X, labels, Arm("c", Move("u_exact", 9, 2, 0.1), "carry"), torch.Generator().manual_seed(0), optimizer)
+    assert report.batch <= 4 and report.exact
+
+
 def test_a_late_teleport_on_a_few_samples_is_undone_where_the_full_loss_doubles() -> None:
     images, setting = clusters(), Setting((12, 12, 12, 10), "Adam", 0.01, 15, 99)
     run = train(images, setting, Arm("plain", None, "keep"), (0,))
