@@ -45,7 +45,7 @@ def layout(model: nn.Module, symmetries: Symmetries) -> tuple[list[Row], list[Co
     >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3)))
     >>> rows, columns = layout(model, tf.find_symmetries(model))
     >>> [(row.template, row.count) for row in rows][0], [(c.template, c.count) for c in columns][0]
-    (('*.0.weight', 3), ('*.2', 3))
+    (('*.0.weight', 3), ('*.*.up-down', 3))
     """
     tensors = named_tensors(model)
     rows = _rows(tensors)
