@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+# Parameters of a model that a config alone fills with random numbers; a larger one stays on meta, proven block by block.
+LARGEST_FILLED = 300_000_000
 NEEDED = "reading a transformers config needs transformers; pip install transformers"
 
 
@@ -26,7 +29,8 @@ class Source:
 def load(where: str, config: Path | None = None, trust_remote_code: bool = False) -> Source:
     """The model that `where` names: a folder with config.json (and weights), a config file, or MODULE:FUNCTION.
 
-    A folder's weights are read where it has safetensors files; a config alone gives random weights. Nothing is downloaded.
+    A folder's weights are read where it has safetensors files; a config alone gives random weights, or above 300 million
+    parameters a model on meta, of which one block of each kind is proven. Nothing is downloaded.
     MODULE:FUNCTION imports and runs that function; a config runs none of its own code unless `trust_remote_code`.
     Errors: ValueError for a name that is neither, a config that names code of its own, weights as pickles, or an unknown
     architecture; ModuleNotFoundError where transformers is missing.
@@ -90,7 +94,10 @@ def _from_config(file: Path, folder: Path | None, trust_remote_code: bool) -> So
         if folder is not None and _weights(folder):
             model = auto.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True, **common)
         else:
-            model = auto.from_config(config, **common)
+            with torch.device("meta"):
+                model = auto.from_config(config, **common)
+            if sum(parameter.numel() for parameter in model.parameters()) <= LARGEST_FILLED:
+                model = auto.from_config(config, **common)
     except (OSError, KeyError, ValueError, AttributeError, TypeError, ImportError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(f"transformers cannot build a model from {str(file)!r}: {first}") from error

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from teleport_fast import cli
+from teleport_fast import cli, find_symmetries
 from teleport_fast.inspection.source import load
 from teleport_fast.inspection.weights import load_, note_of, save
 
@@ -49,6 +49,17 @@ def test_inspect_reads_a_folder_and_a_config(folder: Path, capsys: pytest.Captur
     assert "self_attn.value-output" in shown
     assert "continuous dimensions" in shown
     assert (tmp_path / "joints.svg").is_file()
+
+
+def test_a_large_config_stays_on_meta_and_is_proven_block_by_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = load(str(folder / "config.json"))
+    assert not any(parameter.is_meta for parameter in small.model.parameters())
+    monkeypatch.setattr("teleport_fast.inspection.source.LARGEST_FILLED", 1000)
+    large = load(str(folder / "config.json"))
+    assert all(parameter.is_meta for parameter in large.model.parameters())
+    theirs, ours = (find_symmetries(each.model) for each in (large, small))
+    assert {joint.name for joint in theirs} == {joint.name for joint in ours}
+    assert all(finding.deviation is not None for finding in theirs.findings if finding.status == "found")
 
 
 def test_canonicalize_writes_a_folder_that_transformers_reads(
