@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teleport_fast.data_dependent.losses import OutputLoss
-from teleport_fast.data_dependent.moves import Frame, Moved, joint_factors, lie_gradient, move
+from teleport_fast.data_dependent.moves import Frame, Moved, exponentials, joint_factors, lie_gradient, move_if_finite
 from teleport_fast.data_dependent.network import Backward, Network, backward, hessian_product
 from teleport_fast.data_dependent.pseudo_inverse import PseudoInverse
 from teleport_fast.data_dependent.report import StepRecord
@@ -111,18 +111,12 @@ def _keeps_loss(moved: Moved, back: Backward, before: Backward, exact: bool) -> 
 def _try(net: Network, Ts: list[Tensor], frame: Frame, group: str) -> Moved | None:
     """The move by exp(T) or I + T; None where it leaves the finite numbers or the activation's range."""
     if group == "exp":
-        gs = [torch.linalg.matrix_exp(T) for T in Ts]
-        inverses = [torch.linalg.matrix_exp(-T) for T in Ts] if frame.form == "u_exact" else None
+        gs, inverses = exponentials(Ts, frame.form)
     else:
         gs = [identity_plus(T) for T in Ts]
         inverses = [torch.linalg.inv_ex(g)[0] for g in gs] if frame.form == "u_exact" else None
-    if not all(bool(torch.isfinite(g).all()) for g in [*gs, *(inverses or [])]):
-        return None
-    try:
-        moved = move(net, gs, inverses, frame)
-    except torch.linalg.LinAlgError:
-        return None
-    return moved if bool(torch.isfinite(moved.net.outputs).all()) else None
+    moved = move_if_finite(net, gs, inverses, frame)
+    return moved if moved is not None and bool(torch.isfinite(moved.net.outputs).all()) else None
 
 
 def identity_plus(T: Tensor) -> Tensor:

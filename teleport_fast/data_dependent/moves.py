@@ -40,6 +40,22 @@ class Moved:
     lead: Tensor | None = None
 
 
+def exponentials(Ts: Sequence[Tensor], form: str) -> tuple[list[Tensor], list[Tensor] | None]:
+    """exp(T) of every joint, and exp(−T), which the U-exact form needs beside it."""
+    gs = [torch.linalg.matrix_exp(T) for T in Ts]
+    return gs, [torch.linalg.matrix_exp(-T) for T in Ts] if form == "u_exact" else None
+
+
+def move_if_finite(net: Network, gs: Sequence[Tensor], inverses: Sequence[Tensor] | None, frame: Frame) -> Moved | None:
+    """`move`; None where an element is not finite or nothing can be factored on the way. What it moved may still be."""
+    if not all(bool(torch.isfinite(g).all()) for g in [*gs, *(inverses or [])]):
+        return None
+    try:
+        return move(net, gs, inverses, frame)
+    except torch.linalg.LinAlgError:
+        return None
+
+
 def move(
     net: Network,
     gs: Sequence[Tensor],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teleport_fast.data_dependent.action import MLPAction, at
 from teleport_fast.data_dependent.losses import LossFunction
-from teleport_fast.data_dependent.moves import move
+from teleport_fast.data_dependent.moves import exponentials, move_if_finite
 from teleport_fast.minima.measures import MeanCurvature, MeanSharpness, Measure
 from teleport_fast.minima.pullback import lie_pullback
 
@@ -147,13 +147,8 @@ def _check(
 
 def _moved(action: MLPAction, Ts: list[Tensor]) -> MLPAction | None:
     """The action at exp(T)·w; None where the move leaves the finite numbers."""
-    gs = [torch.linalg.matrix_exp(T) for T in Ts]
-    inverses = [torch.linalg.matrix_exp(-T) for T in Ts] if action.form == "u_exact" else None
-    if not all(bool(torch.isfinite(g).all()) for g in [*gs, *(inverses or [])]):
-        return None
-    try:
-        moved = move(action._network(), gs, inverses, action._shared())
-    except torch.linalg.LinAlgError:
+    moved = move_if_finite(action._network(), *exponentials(Ts, action.form), action._shared())
+    if moved is None:
         return None
     weights = action._weights(moved.net.Z0, moved.net.tail, moved.lead)
     return at(action, weights) if all(bool(torch.isfinite(W).all()) for W in weights) else None

@@ -106,19 +106,18 @@ def _search(
             rho = 0.5 / length  # predicts a gain of half a log, whatever the scale of loss and weights
         back = -violation / norm**2 * oracle.gradient
         merit, flow = math.log(norm) - penalty * abs(violation), float(torch.dot(step.q, back)) + penalty * abs(violation)
-        halved = 0
-        while True:
-            trial = torch.add(w + back, step.tangent, alpha=rho)
-            oracle.place(trial)
-            oracle.evaluate()
-            if oracle.finite and oracle.square <= max(cap, norm**2):
-                gained = 0.5 * math.log(oracle.square) - penalty * abs(oracle.loss - level) - merit
-                if gained >= armijo * (rho * length + flow):
-                    break
-            rho, halved = rho / 2, halved + 1
-            if halved == halvings:
-                break
-        if halved == halvings:
+        bound = max(cap, norm**2)
+
+        def improves(
+            rho: float, merit: float = merit, penalty: float = penalty, length: float = length, flow: float = flow, bound: float = bound
+        ) -> bool:
+            if not (oracle.finite and oracle.square <= bound):
+                return False
+            gained = 0.5 * math.log(oracle.square) - penalty * abs(oracle.loss - level) - merit
+            return gained >= armijo * (rho * length + flow)
+
+        trial, rho, halved = oracle.backtrack(w + back, step.tangent, rho, halvings, improves)
+        if trial is None:
             stopped = f"no step of {halvings} halvings improves the merit function within the cap"
             oracle.place(w)
             oracle.evaluate()

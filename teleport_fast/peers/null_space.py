@@ -134,18 +134,13 @@ def _search(
             stopped = "no null-space move changes the gradient (a first layer's never does)"
             break
         rho = 0.5 / length if rho is None else rho
-        halved = 0
-        while True:
-            trial = torch.add(w, d, alpha=rho)
-            oracle.place(trial)
-            oracle.evaluate()
+
+        def improves(rho: float, norm: float = norm, length: float = length) -> bool:
             gained = 0.5 * math.log(oracle.square) - math.log(norm) if oracle.finite else -math.inf
-            if gained >= armijo * rho * length and oracle.square <= cap and abs(oracle.loss - level) <= allowed:
-                break
-            rho, halved = rho / 2, halved + 1
-            if halved == halvings:
-                break
-        if halved == halvings:
+            return gained >= armijo * rho * length and oracle.square <= cap and abs(oracle.loss - level) <= allowed
+
+        trial, rho, halved = oracle.backtrack(w, d, rho, halvings, improves)
+        if trial is None:
             stopped = f"no step of {halvings} halvings gains within the cap and keeps the loss"
             oracle.place(w)
             oracle.evaluate()

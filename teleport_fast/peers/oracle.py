@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,22 @@ class Oracle:
         """Puts the parameters to w (P,), in place."""
         for p, part in zip(self.params, w.split(self.sizes), strict=True):
             p.copy_(part.reshape(p.shape))
+
+    def backtrack(
+        self, base: Tensor, direction: Tensor, rho: float, halvings: int, improves: Callable[[float], bool]
+    ) -> tuple[Tensor | None, float, int]:
+        """(base + ρ direction, ρ, how often ρ was halved) for the first ρ that `improves(ρ)`, asked at that point evaluated.
+
+        None, with the parameters there, where no ρ of `halvings` does.
+        """
+        for halved in range(halvings):
+            trial = torch.add(base, direction, alpha=rho)
+            self.place(trial)
+            self.evaluate()
+            if improves(rho):
+                return trial, rho, halved
+            rho /= 2
+        return None, rho, halvings
 
     def _flat(self, parts: tuple[Tensor | None, ...] | list[Tensor]) -> Tensor:
         return torch.cat([(torch.zeros_like(p) if x is None else x).detach().flatten() for p, x in zip(self.params, parts, strict=True)])

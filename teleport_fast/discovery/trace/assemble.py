@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -113,45 +114,18 @@ def _strided(tape: Tape, place: Place, index: Tensor, start: Tensor, heads: int,
         return None if any(part is None for part in parts) else [view for part in parts if part for view in part]
     counts = tape.tensors[place.parameter].ndim > 1
     power = abs(place.exponent) or 1.0
+    make = partial(
+        View, place.parameter, place.axis, heads, width, first, width_stride=step, power=power, shift=place.shift, counts=counts
+    )
     if place.part_axis < 0:
-        strides = {"head_stride": max(head, 0), "repeats": many, "repeat_stride": max(repeat, 0)}
         if head < 0 or repeat < 0:
             return None
-        return [
-            View(
-                place.parameter,
-                place.axis,
-                heads,
-                width,
-                first,
-                width_stride=step,
-                power=power,
-                shift=place.shift,
-                counts=counts,
-                **strides,
-            )
-        ]
+        return [make(head_stride=head, repeats=many, repeat_stride=repeat)]
     begin = int(start[0, 0, 0])
     apart = int(start[1, 0, 0]) - begin if heads > 1 else place.part_size
     if many > 1 or (head > 0 and heads > 1) or not torch.equal(begin + h[:, None, None] * apart + 0 * start, start):
         return None
-    return [
-        View(
-            place.parameter,
-            place.axis,
-            heads,
-            width,
-            first,
-            width_stride=step,
-            power=power,
-            shift=place.shift,
-            counts=counts,
-            head_axis=place.part_axis,
-            head_start=begin,
-            head_stride=apart,
-            head_size=place.part_size,
-        )
-    ]
+    return [make(head_axis=place.part_axis, head_start=begin, head_stride=apart, head_size=place.part_size)]
 
 
 def _sides(tape: Tape, rows: list[list[Follower]], scales: bool) -> tuple[tuple[View, ...], ...] | None:
