@@ -54,7 +54,7 @@ def canonicalize(
     on until no move of a sweep is longer than `tolerance` (the sum is geodesically convex, so they descend to its
     minimum). All of it in float64 on copies of the parameters that move, rounded to each parameter's dtype once.
     Returns a CanonicalReport. Errors: ValueError for another kind, a tolerance that is not positive, no joint that can be
-    balanced, or a parameter that is not finite; nothing is moved then.
+    balanced, or a parameter that is not finite or on meta; nothing is moved then.
     Source: own derivation (docs/mathematics.md, balance), checked by tests/test_canonical.py.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -75,6 +75,9 @@ def canonicalize(
     live = {**dict(model.named_buffers()), **named_tensors(model)}
     for joint in joints:
         joint.check_shapes(live)
+    for name, tensor in live.items():
+        if tensor.is_meta:
+            raise ValueError(f"parameter {name!r} is on meta, without numbers to balance; load the model's weights first")
     weights, carried = (
         {name: live[name].detach().double().clone() for joint in joints for name in of(joint)}
         for of in (Joint.parameters, Joint.buffers)

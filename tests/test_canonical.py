@@ -116,6 +116,13 @@ def test_bad_input_is_named_and_moves_nothing() -> None:
         torch.testing.assert_close(parameter, was, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_model_on_meta_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    symmetries = tf.find_symmetries(model)
+    with pytest.raises(ValueError, match=r"parameter '0.weight' is on meta, without numbers to balance"):
+        tf.canonicalize(model.to("meta"), symmetries)
+
+
 def test_a_sweep_limit_is_said() -> None:
     model = GPT(VARIANTS["swiglu-layer"])
     report = tf.canonicalize(model, tf.find_symmetries(model), max_sweeps=1)
