@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning
-from teleport_fast.experiments.studies.study import Cell, Claim, Curve, Options, Panel, Sample, Table
+from teleport_fast.experiments.studies.study import Cell, Claim, Curve, Options, Outcome, Panel, Sample, Table, number
 from teleport_fast.experiments.studies.trained import Arm, Data, Teleport, Weights, data_of, go_on, start, train
 from teleport_fast.minima import MeanCurvature, MeanSharpness, Measure, teleport_to
 
@@ -19,6 +19,29 @@ RUNS, QUICK_RUNS, BAR_BATCH, BAR_EPOCHS = 20, 6, 10, 3
 IMAGES = 200
 Arms = Callable[[Data, int], dict[str, Teleport | None]]
 Drawn = Callable[[MLPAction, CrossEntropy, int], Measure]
+
+
+def study(
+    options: Options, name: str, title: str, arms: Arms, drawn: Drawn, extra: dict[str, object], asked: Sequence[tuple[str, str, int]]
+) -> Outcome:
+    """The study of one measure: arms compared, the bar's twenty runs, and what is asked of arms: (arm, claim, sign as in `lower`)."""
+    epochs, at = (QUICK_EPOCHS, QUICK_AT) if options.quick else (EPOCHS, AT)
+    data, results, before = compare(options, arms, drawn, epochs, at)
+    tables, panels = shown(results, before, name, f"{data.name}: SGD with one teleport before epoch {at} of {epochs}")
+    bar, bar_claims = twenty(options, data, name, drawn)
+    jump = max(abs(arm.jump) for label, run in results.items() if label.startswith("diagonal") for arm in run)
+    return Outcome(
+        name=name,
+        title=title,
+        source="arXiv 2305.13404, section 4 (figure 4) and its code",
+        settings={**settings(options, data, epochs, at), **extra},
+        tables=(*tables, bar), panels=panels,
+        claims=(
+            *bar_claims,
+            Claim("diagonal teleports keep the training loss of all images, largest |ΔL|/L", number(jump), "at most 1e-6", jump <= 1e-6),
+            *(lower(results, label, text, sign) for label, text, sign in asked),
+        ),
+    )
 
 
 def compare(options: Options, arms: Arms, drawn: Drawn, epochs: int, at: int) -> tuple[Data, dict[str, list[Arm]], Sample]:

@@ -4,22 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from teleport_fast.experiments.studies.arms_at_minima import (
-    AT,
-    EPOCHS,
-    IMAGES,
-    QUICK_AT,
-    QUICK_EPOCHS,
-    QUICK_SEEDS,
-    SEEDS,
-    compare,
-    curvature_drawn,
-    lower,
-    settings,
-    shown,
-    twenty,
-)
-from teleport_fast.experiments.studies.study import Claim, Options, Outcome, number
+from teleport_fast.experiments.studies.arms_at_minima import IMAGES, QUICK_SEEDS, SEEDS, curvature_drawn, study
+from teleport_fast.experiments.studies.study import Options, Outcome
 from teleport_fast.experiments.studies.trained import Data, Teleport, Weights
 from teleport_fast.minima import published_curvature, teleport_to
 
@@ -31,27 +17,14 @@ SLOWER = 1e-2
 
 def run(options: Options) -> Outcome:
     """Plain SGD, the published loop at its lr and at a hundredth, an exact teleport on all data (diagonal), one on ten images (full)."""
-    epochs, at = (QUICK_EPOCHS, QUICK_AT) if options.quick else (EPOCHS, AT)
-    data, results, before = compare(options, _arms, curvature_drawn, epochs, at)
-    tables, panels = shown(results, before, "curvature", f"{data.name}: SGD with one teleport before epoch {at} of {epochs}")
-    bar, bar_claims = twenty(options, data, "curvature", curvature_drawn)
-    jump = max(abs(arm.jump) for label, arms in results.items() if label.startswith("diagonal") for arm in arms)
-    return Outcome(
-        name="curvature",
-        title="Teleporting to more and less curved weights",
-        source="arXiv 2305.13404, section 4 (figure 4) and its code",
-        settings={**settings(options, data, epochs, at), "M": "standard normal, 16 (published loop: uniform, a new one each teleport)"},
-        tables=(*tables, bar), panels=panels,
-        claims=(
-            *bar_claims,
-            Claim("diagonal teleports keep the training loss of all images, largest |ΔL|/L", number(jump), "at most 1e-6", jump <= 1e-6),
-            lower(results, "diagonal, more curved", "more curved (diagonal, exact) ends with a lower test loss than plain"),
-            lower(results, "diagonal, less curved", "less curved (diagonal, exact) ends with a higher test loss than plain", sign=1),
-            lower(results, "published at lr/100, more curved", "more curved (published loop at lr/100) ends with a lower test loss than plain"),
-            lower(results, "published at lr/100, less curved",
-                  "less curved (published loop at lr/100) ends with a higher test loss than plain", sign=1),
-        ),
+    extra: dict[str, object] = {"M": "standard normal, 16 (published loop: uniform, a new one each teleport)"}
+    asked = (
+        ("diagonal, more curved", "more curved (diagonal, exact) ends with a lower test loss than plain", -1),
+        ("diagonal, less curved", "less curved (diagonal, exact) ends with a higher test loss than plain", 1),
+        ("published at lr/100, more curved", "more curved (published loop at lr/100) ends with a lower test loss than plain", -1),
+        ("published at lr/100, less curved", "less curved (published loop at lr/100) ends with a higher test loss than plain", 1),
     )
+    return study(options, "curvature", "Teleporting to more and less curved weights", _arms, curvature_drawn, extra, asked)
 
 
 def _arms(data: Data, seed: int) -> dict[str, Teleport | None]:

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from teleport_fast.experiments.studies.arms_at_minima import (
-    AT,
-    EPOCHS,
-    IMAGES,
-    QUICK_AT,
-    QUICK_EPOCHS,
-    QUICK_SEEDS,
-    SEEDS,
-    compare,
-    lower,
-    settings,
-    sharpness_drawn,
-    shown,
-    twenty,
-)
-from teleport_fast.experiments.studies.study import Claim, Options, Outcome, number
+from teleport_fast.experiments.studies.arms_at_minima import IMAGES, QUICK_SEEDS, SEEDS, sharpness_drawn, study
+from teleport_fast.experiments.studies.study import Options, Outcome
 from teleport_fast.experiments.studies.trained import Data, Teleport, Weights
 from teleport_fast.minima import orthant_directions, published_sharpness, teleport_to
 from teleport_fast.minima.measures import RADII
@@ -30,25 +18,14 @@ PUBLISHED_RATE = 5e-2  # for MNIST and CIFAR-10, both ways
 
 def run(options: Options) -> Outcome:
     """Plain SGD, the published loop, an exact teleport on all data (diagonal) and one on ten images (full), each both ways."""
-    epochs, at = (QUICK_EPOCHS, QUICK_AT) if options.quick else (EPOCHS, AT)
-    data, results, before = compare(options, lambda data, seed: _arms(options, data, seed), sharpness_drawn, epochs, at)
-    tables, panels = shown(results, before, "sharpness", f"{data.name}: SGD with one teleport before epoch {at} of {epochs}")
-    bar, bar_claims = twenty(options, data, "sharpness", sharpness_drawn)
-    jump = max(abs(arm.jump) for label, arms in results.items() if label.startswith("diagonal") for arm in arms)
-    return Outcome(
-        name="sharpness",
-        title="Teleporting to flatter and sharper weights",
-        source="arXiv 2305.13404, section 4 (figure 4) and its code",
-        settings={**settings(options, data, epochs, at), "radii": RADII, "directions": "sphere, 32 (published loop: 100, positive orthant)"},
-        tables=(*tables, bar), panels=panels,
-        claims=(
-            *bar_claims,
-            Claim("diagonal teleports keep the training loss of all images, largest |ΔL|/L", number(jump), "at most 1e-6", jump <= 1e-6),
-            lower(results, "diagonal, flatter", "flatter (diagonal, exact) ends with a lower test loss than plain"),
-            lower(results, "published, flatter", "flatter (published loop) ends with a lower test loss than plain"),
-            lower(results, "diagonal, sharper", "sharper (diagonal, exact) ends with a higher test loss than plain", sign=1),
-        ),
+    extra: dict[str, object] = {"radii": RADII, "directions": "sphere, 32 (published loop: 100, positive orthant)"}
+    asked = (
+        ("diagonal, flatter", "flatter (diagonal, exact) ends with a lower test loss than plain", -1),
+        ("published, flatter", "flatter (published loop) ends with a lower test loss than plain", -1),
+        ("diagonal, sharper", "sharper (diagonal, exact) ends with a higher test loss than plain", 1),
     )
+    title = "Teleporting to flatter and sharper weights"
+    return study(options, "sharpness", title, partial(_arms, options), sharpness_drawn, extra, asked)
 
 
 def _arms(options: Options, data: Data, seed: int) -> dict[str, Teleport | None]:

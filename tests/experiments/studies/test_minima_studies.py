@@ -159,8 +159,8 @@ def test_the_teleport_studies_run_and_keep_the_loss_where_they_say_so(
 ) -> None:
     from teleport_fast.experiments.studies import arms_at_minima
 
-    monkeypatch.setattr(module, "QUICK_EPOCHS", 2)
-    monkeypatch.setattr(module, "QUICK_AT", 1)
+    monkeypatch.setattr(arms_at_minima, "QUICK_EPOCHS", 2)
+    monkeypatch.setattr(arms_at_minima, "QUICK_AT", 1)
     monkeypatch.setattr(arms_at_minima, "QUICK_RUNS", 1)
     outcome = module.run(Options(quick=True, seeds=(0, 1)))  # type: ignore[attr-defined]
     check(outcome, 3, arms)
