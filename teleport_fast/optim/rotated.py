@@ -29,8 +29,9 @@ class Rotated(Optimizer):
     with `rotate=False` is AdamW's. symmetries: `find_symmetries(model)`, which tells heads and stream for certain.
     base: "adam", "sign", "row_norm" or "sinkhorn", per group. Per side of a matrix: stream: one basis per "matrix", per
     reading "site" (q, k, v; gate, up), per "layer", one for the "model", or "none"; heads: one per attention head;
-    hidden: the MLP's inner side, dearer and better; sides: {name pattern: (rows, columns)} of "stream", "heads:N",
-    "hidden", "whole", "none", before all rules; max_side: a wider side is not turned. Bases turn every `every` steps,
+    hidden: the MLP's inner side, dearer and better; hidden_block: in bases of about this width (its largest divisor up
+    to there), which are cheap; None: one for the whole side; sides: {name pattern: (rows, columns)} of "stream",
+    "heads:N", "hidden", "whole", "none", before all rules; max_side: a wider basis is not made. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
     C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖². basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
     match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
@@ -58,6 +59,7 @@ class Rotated(Optimizer):
         stream: str = "matrix",
         heads: bool = True,
         hidden: bool = False,
+        hidden_block: int | None = None,
         sides: Mapping[str, tuple[str, str]] | None = None,
         every: int = 3,
         hidden_every: int | None = None,
@@ -75,7 +77,7 @@ class Rotated(Optimizer):
         if table_lr is not None and not table_lr >= 0:
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
         self._refresh = Refresh(every, every if hidden_every is None else hidden_every, decay, basis_dtype)
-        rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
+        rules = Rules(stream, heads, hidden, max_side, dict(sides or {}), hidden_block)
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -184,8 +186,8 @@ class Rotated(Optimizer):
             state = self.state[parameter]
             state["step"] += 1
             bases = [self._refresh.basis(self.param_groups, self.state, self._assigned.owner(g, i, a)) for a in (0, 1)]
-            # heads go to the left: only there may a basis be one per head
-            left = 1 if sides[1].heads > 1 else 0
+            # the side with more heads goes to the left, which takes them in one view
+            left = 1 if sides[1].heads > sides[0].heads else 0
             numbers = (
                 float(state["step"]),
                 float(group["lr"]),
@@ -194,10 +196,10 @@ class Rotated(Optimizer):
                 group["weight_decay"],
             )
             shape = tuple(view_of(parameter, left, sides[left].heads).shape)
-            turns = tuple(basis is not None for basis in bases)
-            key = (shape, turns, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
+            blocks = (basis is not None and len(basis) for basis in bases)
+            key = (shape, *blocks, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
             buckets.setdefault(key, []).append((parameter, left, sides[left].heads, bases))
-        for (_, _, _, _, base, match_rms, numbers), run in buckets.items():
+        for (*_, base, match_rms, numbers), run in buckets.items():
             step, lr, betas, eps, weight_decay = numbers
             states = [self.state[p] for p, *_ in run]
             places_of = [(left, heads) for _, left, heads, _ in run]
@@ -213,7 +215,7 @@ class Rotated(Optimizer):
                 views([state["exp_avg"] for state in states]),
                 views([state["exp_avg_sq"] for state in states]) if base == "adam" else [],
                 [basis for basis in left_bases if basis is not None] or None,
-                [basis[0] for basis in right_bases if basis is not None] or None,
+                [basis for basis in right_bases if basis is not None] or None,
                 base=base,
                 step=step,
                 lr=lr,
@@ -260,7 +262,7 @@ class Rotated(Optimizer):
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"state_dict: {key!r} of {assignment.name!r} is {tuple(value.shape)} and this optimizer holds {shape}; "
-                f"load it into a Rotated made with the same stream, heads, hidden, sides, symmetries and max_side"
+                f"load it into a Rotated made with the same stream, heads, hidden, hidden_block, sides, symmetries and max_side"
             )
         return value.detach().to(parameter.device, dtype, copy=True)
 
