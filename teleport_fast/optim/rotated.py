@@ -34,7 +34,8 @@ class Rotated(Optimizer):
     "heads:N", "hidden", "whole", "none", before all rules; max_side: a wider basis is not made. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
     C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖². basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
-    match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
+    nesterov: the step looks one gradient ahead, β₁ m + (1 − β₁) G' in m's place, per group. match_rms: scale every
+    matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
     skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
     rows_basis, rows_covariance (heads, h, h), rows_age, and the same for columns. `table()` and `memory()` say it all.
@@ -66,6 +67,7 @@ class Rotated(Optimizer):
         decay: float = 0.95,
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
+        nesterov: bool = False,
         match_rms: float | None = None,
         table_lr: float | None = None,
         skip_nonfinite: bool = True,
@@ -80,7 +82,7 @@ class Rotated(Optimizer):
         rules = Rules(stream, heads, hidden, max_side, dict(sides or {}), hidden_block)
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "base": base, "match_rms": match_rms, "rotate": True})
         self._assigned.extend(self.param_groups)
         if table_lr is not None:
@@ -194,13 +196,14 @@ class Rotated(Optimizer):
                 tuple(group["betas"]),
                 group["eps"],
                 group["weight_decay"],
+                bool(group["nesterov"]),
             )
             shape = tuple(view_of(parameter, left, sides[left].heads).shape)
             blocks = (basis is not None and len(basis) for basis in bases)
             key = (shape, *blocks, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
             buckets.setdefault(key, []).append((parameter, left, sides[left].heads, bases))
         for (*_, base, match_rms, numbers), run in buckets.items():
-            step, lr, betas, eps, weight_decay = numbers
+            step, lr, betas, eps, weight_decay, nesterov = numbers
             states = [self.state[p] for p, *_ in run]
             places_of = [(left, heads) for _, left, heads, _ in run]
 
@@ -222,6 +225,7 @@ class Rotated(Optimizer):
                 betas=betas,
                 eps=eps,
                 weight_decay=weight_decay,
+                nesterov=nesterov,
                 match_rms=match_rms,
             )
 
@@ -265,6 +269,11 @@ class Rotated(Optimizer):
                 f"load it into a Rotated made with the same stream, heads, hidden, hidden_block, sides, symmetries and max_side"
             )
         return value.detach().to(parameter.device, dtype, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_refresh": self._refresh, "_assigned": self._assigned, "skip_nonfinite": self.skip_nonfinite}

@@ -59,6 +59,7 @@ def step_bucket_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    nesterov: bool,
     match_rms: float | None,
 ) -> None:
     """`rotate_step_` of views (heads, h, n), with base "sinkhorn" too, and updates scaled to a root mean square.
@@ -85,6 +86,7 @@ def step_bucket_(
             beta2=betas[1],
             eps=eps,
             weight_decay=weight_decay,
+            nesterov=nesterov,
         )
         return
     dtype = accumulation_dtype(parameters[0].dtype)
@@ -93,10 +95,11 @@ def step_bucket_(
         G = turn_blocks(gradient.to(dtype), L, R)
         if base == "sinkhorn":
             moment.lerp_(G, 1 - betas[0])
-            U = sinkhorn(moment.flatten(0, 1)).view(moment.shape)
+            ahead = moment.lerp(G, 1 - betas[0]) if nesterov else moment
+            U = sinkhorn(ahead.flatten(0, 1)).view(moment.shape)
         else:
             square = second_moments[i] if second_moments else None
-            U = base_map_(G, moment, square, FUSED.index(base), step, *betas, eps)
+            U = base_map_(G, moment, square, FUSED.index(base), step, *betas, eps, nesterov)
         if match_rms is not None:
             U = U * (match_rms / U.square().mean().sqrt().clamp_min(torch.finfo(dtype).tiny))
         A = parameter.to(dtype)

@@ -43,7 +43,9 @@ class Prototype:
         heads, width = self.layout[axis]
         return [slice(i * width, (i + 1) * width) for i in range(heads)]
 
-    def step(self, gradient: Tensor, rate: float, base: str = "adam", rms: float | None = None) -> None:
+    def step(
+        self, gradient: Tensor, rate: float, base: str = "adam", rms: float | None = None, nesterov: bool = False
+    ) -> None:
         self.step_count += 1
         for axis, G in enumerate((gradient, gradient.T)):
             for block in self.blocks(axis):
@@ -59,17 +61,19 @@ class Prototype:
         turned = self.bases[0].T @ gradient @ self.bases[1]
         self.m = BETAS[0] * self.m + (1 - BETAS[0]) * turned
         self.v = BETAS[1] * self.v + (1 - BETAS[1]) * turned.square()
+        m = BETAS[0] * self.m + (1 - BETAS[0]) * turned if nesterov else self.m
         # rows of row_norm and sinkhorn are those of the side with more heads
         across = self.layout[1][0] > max(1, self.layout[0][0])
         if base == "adam":
-            first, second = self.m / (1 - BETAS[0] ** self.step_count), self.v / (1 - BETAS[1] ** self.step_count)
+            seen = self.step_count + nesterov
+            first, second = m / (1 - BETAS[0] ** seen), self.v / (1 - BETAS[1] ** self.step_count)
             U = first / (second.sqrt() + EPS)
         elif base == "sign":
-            U = self.m.sign()
+            U = m.sign()
         elif base == "sinkhorn":
-            U = sinkhorn(self.m.T).T if across else sinkhorn(self.m)
+            U = sinkhorn(m.T).T if across else sinkhorn(m)
         else:
-            U = self.m / (self.m.square().mean(0 if across else 1, keepdim=True).sqrt() + EPS)
+            U = m / (m.square().mean(0 if across else 1, keepdim=True).sqrt() + EPS)
         if rms is not None:
             U = U * rms / U.square().mean().sqrt()
         self.weight = (1 - rate * WEIGHT_DECAY) * self.weight - rate * self.bases[0] @ U @ self.bases[1].T
@@ -132,14 +136,20 @@ def test_a_few_steps_are_the_prototypes_mathematics_and_a_wrong_basis_is_not(
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("match_rms", [None, 0.2])
 def test_a_matrix_may_have_blocks_on_both_sides(
-    gpt: GPT, symmetries: tf.Symmetries, loss_of: Callable[..., Tensor], base: str, match_rms: float | None
+    gpt: GPT,
+    symmetries: tf.Symmetries,
+    loss_of: Callable[..., Tensor],
+    base: str,
+    match_rms: float | None,
+    nesterov: bool,
 ) -> None:
     """Against the prototype, whole-side orthogonal matrices; the control has its blocks' bounds elsewhere."""
     layouts = {"attention.q": ((2, 4), (4, 2)), "mlp.up": ((3, 4), (2, 4)), "mlp.down": ((2, 4), (2, 6))}
     sides = {f"*{key}.weight": (f"heads:{rows[0]}", f"heads:{columns[0]}") for key, (rows, columns) in layouts.items()}
-    optimizer = made(gpt, symmetries, base=base, sides=sides, match_rms=match_rms)
+    optimizer = made(gpt, symmetries, base=base, sides=sides, match_rms=match_rms, nesterov=nesterov)
     weights = {key: gpt.blocks[1].get_submodule(key).weight for key in layouts}
     expected = {key: Prototype(p, layouts[key]) for key, p in weights.items()}
     wrong = {key: Prototype(p, ((1, p.shape[0]), (1, p.shape[1]))) for key, p in weights.items()}
@@ -148,13 +158,31 @@ def test_a_matrix_may_have_blocks_on_both_sides(
         loss_of(gpt, step).backward()
         for key, p in weights.items():
             assert p.grad is not None
-            expected[key].step(p.grad, LR, base, match_rms)
-            wrong[key].step(p.grad, LR, base, match_rms)
+            expected[key].step(p.grad, LR, base, match_rms, nesterov)
+            wrong[key].step(p.grad, LR, base, match_rms, nesterov)
         optimizer.step()
     for key, p in weights.items():
         torch.testing.assert_close(p.detach(), expected[key].weight, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], expected[key].m, rtol=1e-6, atol=1e-8)
         assert float((wrong[key].weight - expected[key].weight).abs().max()) > 1e-4
+
+
+def test_a_state_from_before_there_was_nesterov_steps_without(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], same: Callable[..., bool]
+) -> None:
+    optimizer, resumed = made(gpt, symmetries), copy.deepcopy(gpt)
+    train(gpt, optimizer, 2)
+    old, ahead = optimizer.state_dict(), made(resumed, symmetries, nesterov=True)
+    old["param_groups"] = [{k: v for k, v in group.items() if k != "nesterov"} for group in old["param_groups"]]
+    resumed.load_state_dict(gpt.state_dict())
+    ahead.load_state_dict(old)
+    for model, one in ((gpt, optimizer), (resumed, ahead)):
+        train(model, one, 1, first=2)
+    assert same(gpt, resumed)
+    ahead.param_groups[0]["nesterov"] = True
+    train(gpt, optimizer, 1, first=3)
+    train(resumed, ahead, 1, first=3)
+    assert not same(gpt, resumed)
 
 
 def test_hidden_blocks_are_the_heads_of_an_inner_side(
