@@ -22,7 +22,7 @@ ARMS = (
 def mlp() -> nn.Module:
     """64-64-64-10 with ReLU."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for place, (before, after) in enumerate(itertools.pairwise(WIDTHS)):
+    for place, (before, after) in enumerate(itertools.pairwise(WIDTHS[:-1])):
         layers[f"layer{place}"], layers[f"relu{place}"] = nn.Linear(before, after), nn.ReLU()
     layers["head"] = nn.Linear(*WIDTHS[-2:])
     return nn.Sequential(layers)
