@@ -29,8 +29,8 @@ class Rotated(Optimizer):
     with `rotate=False` is AdamW's. symmetries: `find_symmetries(model)`, which tells heads and stream for certain.
     base: "adam", "sign", "row_norm" or "sinkhorn", per group. Per side of a matrix: stream: one basis per "matrix", per
     reading "site" (q, k, v; gate, up), per "layer", one for the "model", or "none"; heads: one per attention head;
-    hidden: the MLP's inner side, dearer and better; hidden_block: in bases of about this width (its largest divisor up
-    to there), which are cheap; None: one for the whole side; sides: {name pattern: (rows, columns)} of "stream",
+    hidden: the MLP's inner side in bases of about this width (its largest divisor up to there), True: in one basis,
+    dearest and best, False: left; sides: {name pattern: (rows, columns)} of "stream",
     "heads:N", "hidden", "whole", "none", before all rules; max_side: a wider basis is not made. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
     C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖². basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
@@ -44,7 +44,7 @@ class Rotated(Optimizer):
 
     >>> optimizer = Rotated([("up.weight", torch.nn.Parameter(torch.ones(8, 4)))], lr=0.006)
     >>> print(optimizer.table().splitlines()[2])
-    up.weight  8 x 4  -     stream 4  rows: hidden=False
+    up.weight  8 x 4  hidden 8  stream 4
     """
 
     def __init__(
@@ -59,15 +59,14 @@ class Rotated(Optimizer):
         symmetries: Symmetries | None = None,
         stream: str = "matrix",
         heads: bool = True,
-        hidden: bool = False,
-        hidden_block: int | None = None,
+        hidden: bool | int = 64,
         sides: Mapping[str, tuple[str, str]] | None = None,
         every: int = 3,
         hidden_every: int | None = None,
         decay: float = 0.95,
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
-        nesterov: bool = False,
+        nesterov: bool = True,
         match_rms: float | None = None,
         table_lr: float | None = None,
         skip_nonfinite: bool = True,
@@ -79,7 +78,7 @@ class Rotated(Optimizer):
         if table_lr is not None and not table_lr >= 0:
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
         self._refresh = Refresh(every, every if hidden_every is None else hidden_every, decay, basis_dtype)
-        rules = Rules(stream, heads, hidden, max_side, dict(sides or {}), hidden_block)
+        rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov}
@@ -266,7 +265,7 @@ class Rotated(Optimizer):
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"state_dict: {key!r} of {assignment.name!r} is {tuple(value.shape)} and this optimizer holds {shape}; "
-                f"load it into a Rotated made with the same stream, heads, hidden, hidden_block, sides, symmetries and max_side"
+                f"load it into a Rotated made with the same stream, heads, hidden, sides, symmetries and max_side"
             )
         return value.detach().to(parameter.device, dtype, copy=True)
 
