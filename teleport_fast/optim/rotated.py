@@ -33,9 +33,10 @@ class Rotated(Optimizer):
     dearest and best, False: left; sides: {name pattern: (rows, columns)} of "stream",
     "heads:N", "hidden", "whole", "none", before all rules; max_side: a wider basis is not made. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
-    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖². basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
-    nesterov: the step looks one gradient ahead, β₁ m + (1 − β₁) G' in m's place, per group. match_rms: scale every
-    matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
+    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖², of which each step takes one of covariance_parts runs of G's columns, in turn.
+    basis_dtype: float32 (float64 for float64 parameters) or bfloat16. nesterov: the step looks one gradient ahead,
+    β₁ m + (1 − β₁) G' in m's place, per group. match_rms: scale every matrix's update to this root mean square.
+    table_lr: a rate of its own for what AdamW steps.
     skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
     rows_basis, rows_covariance (heads, h, h), rows_age, and the same for columns. `table()` and `memory()` say it all.
@@ -63,6 +64,7 @@ class Rotated(Optimizer):
         sides: Mapping[str, tuple[str, str]] | None = None,
         every: int = 3,
         hidden_every: int | None = None,
+        covariance_parts: int = 3,
         decay: float = 0.95,
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
@@ -77,7 +79,8 @@ class Rotated(Optimizer):
             )
         if table_lr is not None and not table_lr >= 0:
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
-        self._refresh = Refresh(every, every if hidden_every is None else hidden_every, decay, basis_dtype)
+        hidden_every = every if hidden_every is None else hidden_every
+        self._refresh = Refresh(every, hidden_every, covariance_parts, decay, basis_dtype)
         rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite

@@ -310,6 +310,7 @@ def test_groups_can_be_added_and_left_unturned(gpt: GPT, symmetries: tf.Symmetri
         ({"table_lr": -0.1}, "table_lr must be at least 0, got -0.1"),
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"hidden_every": 0}, "hidden_every must be an integer of at least 1, got 0"),
+        ({"covariance_parts": 0}, "covariance_parts must be an integer of at least 1, got 0"),
         ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         ({"stream": "head"}, "stream must be one of matrix, site, layer, model, none, got 'head'"),
         ({"max_side": -1}, "max_side must be at least 0, got -1"),
