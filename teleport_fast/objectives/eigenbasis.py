@@ -9,28 +9,44 @@ import torch
 from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
-from teleport_fast.ops.covariance import covariance_
+from teleport_fast.ops.covariance import NORMALISE, covariance_
 from teleport_fast.symmetry.bucket import Bucket, Element
 from teleport_fast.symmetry.groups import DenseGroup
 from teleport_fast.symmetry.joint import Joint
+
+TAKES = ("steps", "turns")
 
 
 class Eigenbasis(Objective):
     """Exact rotational teleportation (math.md section 5, own): one warm step of orthogonal iteration at each refresh.
 
     Every step: C ← β C + (1 − β) Σ G Gᵀ/‖G‖² over a joint's matrices, in the present basis. At a refresh: Q R = qr(C)
-    with diag R > 0, tensors go to the basis Q (g = Qᵀ), C ← Qᵀ C Q. Under a rotary embedding Q is one angle per plane,
-    under LayerNorm it keeps the ones vector. Fixed points are the eigenbases of C. Related: ARO, arXiv 2602.09006.
+    with diag R > 0, tensors go to the basis Q (g = Qᵀ), C ← Qᵀ C Q. Under a rotary embedding Q is the best angle of each
+    plane, under LayerNorm it keeps the ones vector. Fixed points are the eigenbases of C. Related: ARO, arXiv 2602.09006.
+
+    decay: β, per gradient that is taken up. normalise: what G Gᵀ is divided by: the "tensor"'s own ‖G‖², that of all
+    tensors of the "joint", or "none". takes: gradients of all "steps", or of the "turns" alone, which costs C's share of
+    a step only there. iterations: steps of the orthogonal iteration in one refresh.
+    Errors: ValueError for a value out of range. Source: own derivation, checked by tests/objectives/test_eigenbasis.py.
     """
 
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
 
-    def __init__(self, decay: float = 0.95) -> None:
+    def __init__(
+        self, decay: float = 0.95, normalise: str = "tensor", takes: str = "steps", iterations: int = 1
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.95 is the default")
-        self.decay = decay
+        for name, value, allowed in (("normalise", normalise, NORMALISE), ("takes", takes, TAKES)):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {value!r}; {allowed[0]!r} is the default"
+                )
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}; 1 is the default")
+        self.decay, self.normalise, self.takes, self.iterations = decay, normalise, takes, iterations
         self.covariances: dict[int, Tensor] = {}
 
     def unusable(self, joint: Joint) -> str | None:
@@ -41,6 +57,10 @@ class Eigenbasis(Objective):
         return None
 
     def observe(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        if self.takes == "steps":
+            self._take_up(index, bucket, gradients)
+
+    def _take_up(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
         counted = [
             [view.of(gradients[view.parameter]) for view in joint.views() if view.counts] for joint in bucket.joints
         ]
@@ -53,19 +73,25 @@ class Eigenbasis(Objective):
             shape = (len(bucket.joints) * bucket.heads, bucket.width, bucket.width)
             covariance = self.covariances[index] = torch.zeros(shape, dtype=dtype, device=first.device)
         if len({len(tensors) for tensors in counted}) == 1:
-            covariance_(covariance, list(chain(*counted)), self.decay, len(bucket.joints))
+            covariance_(covariance, list(chain(*counted)), self.decay, len(bucket.joints), self.normalise)
             return
         for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
-            covariance_(rows, tensors, self.decay)
+            covariance_(rows, tensors, self.decay, 1, self.normalise)
 
     def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        if self.takes == "turns":
+            self._take_up(index, bucket, move.gradients)
         covariance = self.covariances.get(index)
         if covariance is None:
             return None
         assert isinstance(bucket.group, DenseGroup)
-        q = bucket.group.orthogonal_factor(covariance)
-        covariance.copy_(q.mT @ covariance @ q)
-        return Element("dense", q.mT, q.mT), _rotation_size(q)
+        turn: Tensor | None = None
+        for _ in range(self.iterations):
+            q = bucket.group.turn_to_eigenbasis(_shifted(covariance))
+            covariance.copy_(q.mT @ covariance @ q)
+            turn = q if turn is None else turn @ q
+        assert turn is not None
+        return Element("dense", turn.mT, turn.mT), _rotation_size(turn)
 
     def value(self, move: Move) -> Tensor:
         """The diagonal's share of ‖C‖²_F over all joints, in [0, 1]; 1 in an eigenbasis."""
@@ -104,6 +130,14 @@ class RandomRotation(Objective):
     def value(self, move: Move) -> Tensor:
         norms = torch._foreach_norm(list(move.gradients.values()), 1)
         return torch.stack([norm.double() for norm in norms]).sum()
+
+
+def _shifted(covariance: Tensor) -> Tensor:
+    """C + 100 eps of its mean eigenvalue: directions that no gradient has seen stay, instead of turning by rounding."""
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    shifted = covariance.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(mean, alpha=100 * torch.finfo(covariance.dtype).eps)
+    return shifted
 
 
 def _rotation_size(q: Tensor) -> Tensor:
