@@ -32,7 +32,9 @@ class Rotated(Optimizer):
     hidden: the MLP's inner side, dearer and better; sides: {name pattern: (rows, columns)} of "stream", "heads:N",
     "hidden", "whole", "none", before all rules; max_side: a wider side is not turned. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
-    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖². basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
+    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖²; normalise: by the "tensor"'s own ‖G‖², by that of the whole "joint" (all of a
+    basis), or "none". second_moments at a turn: "keep", "project" (by the turn's squares) or "reset" (first ones too).
+    basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
     match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
     skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
@@ -62,6 +64,8 @@ class Rotated(Optimizer):
         every: int = 3,
         hidden_every: int | None = None,
         decay: float = 0.95,
+        normalise: str = "tensor",
+        second_moments: str = "keep",
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
         match_rms: float | None = None,
@@ -74,7 +78,8 @@ class Rotated(Optimizer):
             )
         if table_lr is not None and not table_lr >= 0:
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
-        self._refresh = Refresh(every, every if hidden_every is None else hidden_every, decay, basis_dtype)
+        hidden_every = every if hidden_every is None else hidden_every
+        self._refresh = Refresh(every, hidden_every, decay, basis_dtype, normalise, second_moments)
         rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite
