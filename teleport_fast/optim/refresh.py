@@ -55,13 +55,11 @@ class Refresh:
             raise ValueError(
                 f"basis_dtype must be None, torch.float32 or torch.bfloat16, got {basis_dtype}; pass one of these"
             )
-        for name, value, allowed in (
-            ("normalise", normalise, NORMALISE),
-            ("second_moments", second_moments, SECOND_MOMENTS),
-        ):
-            if value not in allowed:
+        choices = (("normalise", normalise, NORMALISE), ("second_moments", second_moments, SECOND_MOMENTS))
+        for name, chosen, allowed in choices:
+            if chosen not in allowed:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}, got {value!r}; {allowed[0]!r} is the default"
+                    f"{name} must be one of {', '.join(allowed)}, got {chosen!r}; {allowed[0]!r} is the default"
                 )
         self.every, self.hidden_every, self.decay, self.basis_dtype = every, hidden_every, decay, basis_dtype
         self.normalise, self.second_moments = normalise, second_moments
