@@ -26,7 +26,8 @@ class Eigenbasis(Objective):
 
     decay: β, per gradient that is taken up. normalise: what G Gᵀ is divided by: the "tensor"'s own ‖G‖², that of all
     tensors of the "joint", or "none". takes: gradients of all "steps", or of the "turns" alone, which costs C's share of
-    a step only there. iterations: steps of the orthogonal iteration in one refresh.
+    a step only there. parts: every gradient that is taken up gives one of so many parts of its columns, the next one the
+    next part, at a `parts`-th of the cost. iterations: steps of the orthogonal iteration in one refresh.
     Errors: ValueError for a value out of range. Source: own derivation, checked by tests/objectives/test_eigenbasis.py.
     """
 
@@ -35,7 +36,12 @@ class Eigenbasis(Objective):
     holds = True
 
     def __init__(
-        self, decay: float = 0.95, normalise: str = "tensor", takes: str = "steps", iterations: int = 1
+        self,
+        decay: float = 0.95,
+        normalise: str = "tensor",
+        takes: str = "steps",
+        parts: int = 1,
+        iterations: int = 1,
     ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.95 is the default")
@@ -44,10 +50,13 @@ class Eigenbasis(Objective):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}; {allowed[0]!r} is the default"
                 )
-        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}; 1 is the default")
-        self.decay, self.normalise, self.takes, self.iterations = decay, normalise, takes, iterations
+        for name, count in (("parts", parts), ("iterations", iterations)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}; 1 is the default")
+        self.decay, self.normalise, self.takes = decay, normalise, takes
+        self.parts, self.iterations = parts, iterations
         self.covariances: dict[int, Tensor] = {}
+        self._next_part: dict[int, int] = {}
 
     def unusable(self, joint: Joint) -> str | None:
         if not joint.group.holds_rotations:
@@ -61,8 +70,11 @@ class Eigenbasis(Objective):
             self._take_up(index, bucket, gradients)
 
     def _take_up(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        part = self._next_part.get(index, 0)
+        self._next_part[index] = (part + 1) % self.parts
         counted = [
-            [view.of(gradients[view.parameter]) for view in joint.views() if view.counts] for joint in bucket.joints
+            [_part(view.of(gradients[view.parameter]), part, self.parts) for view in joint.views() if view.counts]
+            for joint in bucket.joints
         ]
         first = next((tensor for tensors in counted for tensor in tensors), None)
         if first is None:
@@ -103,10 +115,15 @@ class Eigenbasis(Objective):
         return torch.where(whole > 0, inside / whole, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        if self.parts > 1:
+            kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
+        return kept
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.covariances = {int(index): covariance.clone() for index, covariance in state.items()}
+        parts = {key: value for key, value in state.items() if key.startswith("part.")}
+        self._next_part = {int(key.removeprefix("part.")): int(value) for key, value in parts.items()}
+        self.covariances = {int(key): value.clone() for key, value in state.items() if key not in parts}
 
 
 class RandomRotation(Objective):
@@ -130,6 +147,16 @@ class RandomRotation(Objective):
     def value(self, move: Move) -> Tensor:
         norms = torch._foreach_norm(list(move.gradients.values()), 1)
         return torch.stack([norm.double() for norm in norms]).sum()
+
+
+def _part(view: Tensor, part: int, parts: int) -> Tensor:
+    """One of so many parts of a view's columns (heads, h, outer, inner); whole where there are fewer columns."""
+    axis = 3 if view.shape[3] >= view.shape[2] else 2
+    columns = view.shape[axis]
+    if parts == 1 or columns < parts:
+        return view
+    start, end = columns * part // parts, columns * (part + 1) // parts
+    return view.narrow(axis, start, end - start)
 
 
 def _shifted(covariance: Tensor) -> Tensor:
