@@ -45,7 +45,8 @@ STABLE_TORCH_LIBRARY(teleport_fast_cpp, m) {
       "int joints) -> ()");
   m.def(
       "rotate_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
-      "Tensor[] left, Tensor[] right, int base, float step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
+      "Tensor[] left, Tensor[] right, int base, float step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool nesterov) -> ()");
   m.def(
       "data_dependent_steps_(Tensor(a!) Z0, Tensor(b!)[] tail, Tensor gram, Tensor target, Tensor(c!) lead, Tensor(d!)[] Ts, "
       "Tensor(e!) outputs, Tensor(f!) trace, float slope, float scale, float cap, float gram_limit, float square_limit) -> ()");

@@ -29,13 +29,15 @@ class Rotated(Optimizer):
     with `rotate=False` is AdamW's. symmetries: `find_symmetries(model)`, which tells heads and stream for certain.
     base: "adam", "sign", "row_norm" or "sinkhorn", per group. Per side of a matrix: stream: one basis per "matrix", per
     reading "site" (q, k, v; gate, up), per "layer", one for the "model", or "none"; heads: one per attention head;
-    hidden: the MLP's inner side, dearer and better; sides: {name pattern: (rows, columns)} of "stream", "heads:N",
-    "hidden", "whole", "none", before all rules; max_side: a wider side is not turned. Bases turn every `every` steps,
+    hidden: the MLP's inner side, dearer and better; hidden_block: in bases of about this width (its largest divisor up
+    to there), which are cheap; None: one for the whole side; sides: {name pattern: (rows, columns)} of "stream",
+    "heads:N", "hidden", "whole", "none", before all rules; max_side: a wider basis is not made. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
     C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖²; normalise: by the "tensor"'s own ‖G‖², by that of the whole "joint" (all of a
     basis), or "none". second_moments at a turn: "keep", "project" (by the turn's squares) or "reset" (first ones too).
     basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
-    match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
+    nesterov: the step looks one gradient ahead, β₁ m + (1 − β₁) G' in m's place, per group. match_rms: scale every
+    matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
     skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
     rows_basis, rows_covariance (heads, h, h), rows_age, and the same for columns. `table()` and `memory()` say it all.
@@ -60,6 +62,7 @@ class Rotated(Optimizer):
         stream: str = "matrix",
         heads: bool = True,
         hidden: bool = False,
+        hidden_block: int | None = None,
         sides: Mapping[str, tuple[str, str]] | None = None,
         every: int = 3,
         hidden_every: int | None = None,
@@ -68,6 +71,7 @@ class Rotated(Optimizer):
         second_moments: str = "keep",
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
+        nesterov: bool = False,
         match_rms: float | None = None,
         table_lr: float | None = None,
         skip_nonfinite: bool = True,
@@ -80,10 +84,10 @@ class Rotated(Optimizer):
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
         hidden_every = every if hidden_every is None else hidden_every
         self._refresh = Refresh(every, hidden_every, decay, basis_dtype, normalise, second_moments)
-        rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
+        rules = Rules(stream, heads, hidden, max_side, dict(sides or {}), hidden_block)
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "base": base, "match_rms": match_rms, "rotate": True})
         self._assigned.extend(self.param_groups)
         if table_lr is not None:
@@ -189,21 +193,22 @@ class Rotated(Optimizer):
             state = self.state[parameter]
             state["step"] += 1
             bases = [self._refresh.basis(self.param_groups, self.state, self._assigned.owner(g, i, a)) for a in (0, 1)]
-            # heads go to the left: only there may a basis be one per head
-            left = 1 if sides[1].heads > 1 else 0
+            # the side with more heads goes to the left, which takes them in one view
+            left = 1 if sides[1].heads > sides[0].heads else 0
             numbers = (
                 float(state["step"]),
                 float(group["lr"]),
                 tuple(group["betas"]),
                 group["eps"],
                 group["weight_decay"],
+                bool(group["nesterov"]),
             )
             shape = tuple(view_of(parameter, left, sides[left].heads).shape)
-            turns = tuple(basis is not None for basis in bases)
-            key = (shape, turns, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
+            blocks = (basis is not None and len(basis) for basis in bases)
+            key = (shape, *blocks, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
             buckets.setdefault(key, []).append((parameter, left, sides[left].heads, bases))
-        for (_, _, _, _, base, match_rms, numbers), run in buckets.items():
-            step, lr, betas, eps, weight_decay = numbers
+        for (*_, base, match_rms, numbers), run in buckets.items():
+            step, lr, betas, eps, weight_decay, nesterov = numbers
             states = [self.state[p] for p, *_ in run]
             places_of = [(left, heads) for _, left, heads, _ in run]
 
@@ -218,13 +223,14 @@ class Rotated(Optimizer):
                 views([state["exp_avg"] for state in states]),
                 views([state["exp_avg_sq"] for state in states]) if base == "adam" else [],
                 [basis for basis in left_bases if basis is not None] or None,
-                [basis[0] for basis in right_bases if basis is not None] or None,
+                [basis for basis in right_bases if basis is not None] or None,
                 base=base,
                 step=step,
                 lr=lr,
                 betas=betas,
                 eps=eps,
                 weight_decay=weight_decay,
+                nesterov=nesterov,
                 match_rms=match_rms,
             )
 
@@ -265,9 +271,14 @@ class Rotated(Optimizer):
         if tuple(value.shape) != shape:
             raise ValueError(
                 f"state_dict: {key!r} of {assignment.name!r} is {tuple(value.shape)} and this optimizer holds {shape}; "
-                f"load it into a Rotated made with the same stream, heads, hidden, sides, symmetries and max_side"
+                f"load it into a Rotated made with the same stream, heads, hidden, hidden_block, sides, symmetries and max_side"
             )
         return value.detach().to(parameter.device, dtype, copy=True)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_refresh": self._refresh, "_assigned": self._assigned, "skip_nonfinite": self.skip_nonfinite}

@@ -82,6 +82,7 @@ class Rules:
     hidden: bool = False
     max_side: int = 4096
     sides: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    hidden_block: int | None = None
 
     def __post_init__(self) -> None:
         if self.stream not in STREAMS:
@@ -90,6 +91,11 @@ class Rules:
             )
         if self.max_side < 0:
             raise ValueError(f"max_side must be at least 0, got {self.max_side}; 4096 is the default")
+        block = self.hidden_block
+        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 2):
+            raise ValueError(
+                f"hidden_block must be None or an integer of at least 2, got {block!r}; pass a width such as 128"
+            )
         for pattern, pair in self.sides.items():
             if len(pair) != 2 or any(_parse(word) is None for word in pair):
                 raise ValueError(
@@ -133,10 +139,6 @@ def _assignment(
     kind = role(name) if named else None
     words = own or _words(plain(name), shape, kind, known, rules, width)
     rows, columns = (_side(words[axis], shape[axis], axis, name, kind, named, rules, own) for axis in (0, 1))
-    if rows.heads > 1 and columns.heads > 1:
-        raise ValueError(
-            f"sides of {name!r} must have heads on one axis at most, got {words}; give the other axis 'stream' or 'none'"
-        )
     reason = "" if rows.basis or columns.basis else f"rows: {rows.why}; columns: {columns.why}"
     return Assignment(name, shape, (rows, columns) if not reason else None, reason)
 
@@ -164,6 +166,16 @@ def _words(
         if found[axis] is None:
             found[axis] = "whole" if attention and width is not None and shape[axis] <= width else "hidden"
     return found[0] or "none", found[1] or "none"
+
+
+def divisor_near(size: int, block: int) -> int | None:
+    """The largest divisor of `size` up to `block`; None where that is less than half of it.
+
+    >>> divisor_near(344, 64), divisor_near(48, 64), divisor_near(62, 30)
+    (43, 48, None)
+    """
+    found = next(width for width in range(min(size, block), 0, -1) if size % width == 0)
+    return found if 2 * found >= min(size, block) else None
 
 
 def _parse(word: str) -> tuple[str, int] | None:
@@ -196,6 +208,12 @@ def _side(
         "whole": "" if rules.heads or own else "heads=False",
     }[kind]
     width = size // heads
+    if kind == "hidden" and rules.hidden_block is not None and not off:
+        found = divisor_near(size, rules.hidden_block)
+        if found is None:
+            off = f"{size} has no divisor near hidden_block={rules.hidden_block}"
+        else:
+            heads, width = size // found, found
     if not off and width > rules.max_side:
         off = f"{width} is above max_side={rules.max_side}"
     if not off and width < 2:
@@ -210,7 +228,7 @@ def _side(
                 f"or stream='matrix'"
             )
         shared = {"site": lambda: site(name, role_of), "layer": lambda: layer(name), "model": lambda: "the stream"}
-        found = shared[rules.stream]()
+        group = shared[rules.stream]()
         # a matrix that is alone keeps a basis per side
-        basis = basis if found == name else f"{found}, {width} wide"
+        basis = basis if group == name else f"{group}, {width} wide"
     return Side(kind, heads, width, basis)

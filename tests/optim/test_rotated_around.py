@@ -319,7 +319,8 @@ def test_groups_can_be_added_and_left_unturned(gpt: GPT, symmetries: tf.Symmetri
         ),
         ({"sides": {"*": ("stream", "heads")}}, r"sides\['\*'\] must be two of .*, got \('stream', 'heads'\)"),
         ({"sides": {"*": ("heads:3", "none")}}, "sides of .*: 'heads:3' does not divide its axis of 8"),
-        ({"sides": {"*q*": ("heads:2", "heads:2")}}, "sides of .* must have heads on one axis at most"),
+        ({"hidden_block": 1}, "hidden_block must be None or an integer of at least 2, got 1"),
+        ({"hidden_block": True}, "hidden_block must be None or an integer of at least 2, got True"),
     ],
 )
 def test_bad_arguments_are_named_with_value_and_remedy(gpt: GPT, changes: dict[str, Any], message: str) -> None:

@@ -66,6 +66,16 @@ def test_options_and_patterns_change_sides() -> None:
     assert none["model.layers.0.self_attn.q_proj.weight"] == ["8 x 8", "adamw", "", reason]
 
 
+def test_a_hidden_side_without_a_fitting_block_is_left_and_says_so() -> None:
+    rows = rows_of(llama(hidden=True, hidden_block=6, max_side=10))
+    assert rows["model.layers.0.mlp.up_proj.weight"][1:3] == ["hidden 4 x 5", "stream 8"]
+    assert rows["model.layers.0.mlp.down_proj.weight"][1:3] == ["stream 8", "hidden 4 x 5"]
+    rows = rows_of(llama(hidden=True, hidden_block=3))
+    assert rows["model.layers.0.mlp.up_proj.weight"][1:] == ["hidden 10 x 2", "stream 8", ""]
+    prime = Rotated([("up.weight", meta((23, 8))[0]), ("q.weight", meta((8, 8))[0])], hidden=True, hidden_block=8)
+    assert rows_of(prime)["up.weight"][3] == "rows: 23 has no divisor near hidden_block=8"
+
+
 def test_symmetries_tell_heads_and_also_where_parameters_have_no_names() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab=13, context=6, d_model=8, layers=1, heads=2, hidden=12))
@@ -87,7 +97,14 @@ def test_sharing_by_site_needs_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"hidden": True}, {"stream": "site"}, {"stream": "model", "basis_dtype": torch.bfloat16}]
+    "options",
+    [
+        {},
+        {"hidden": True},
+        {"hidden": True, "hidden_block": 4},
+        {"stream": "site"},
+        {"stream": "model", "basis_dtype": torch.bfloat16},
+    ],
 )
 def test_memory_is_what_the_state_takes(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
