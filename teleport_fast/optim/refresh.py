@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from teleport_fast.ops.checks import accumulation_dtype
-from teleport_fast.ops.covariance import covariance_
+from teleport_fast.ops.covariance import NORMALISE, covariance_
 from teleport_fast.ops.group_action import group_action_
 from teleport_fast.ops.orthogonal_iteration import orthogonal_iteration_
 from teleport_fast.optim.assigned import Owner
 from teleport_fast.optim.bases import next_basis
 from teleport_fast.optim.sides import Side
+from teleport_fast.state import SECOND_MOMENTS
 
 AXES = ("rows", "columns")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Devices where Householder's QR is no slower than the Cholesky factor's.
 HOUSEHOLDER = ("cpu",)
 # Fewest columns of a gradient that a covariance takes up, and what their bounds are multiples of.
@@ -54,7 +56,14 @@ class Refresh:
     """Every side's covariance takes up a part of each gradient; every `every` of them its basis turns, moments with it."""
 
     def __init__(
-        self, every: int, hidden_every: int, covariance_parts: int, decay: float, basis_dtype: torch.dtype | None
+        self,
+        every: int,
+        hidden_every: int,
+        covariance_parts: int,
+        decay: float,
+        basis_dtype: torch.dtype | None,
+        normalise: str = "tensor",
+        second_moments: str = "keep",
     ) -> None:
         counts = {"every": every, "hidden_every": hidden_every, "covariance_parts": covariance_parts}
         for name, value in counts.items():
@@ -66,8 +75,15 @@ class Refresh:
             raise ValueError(
                 f"basis_dtype must be None, torch.float32 or torch.bfloat16, got {basis_dtype}; pass one of these"
             )
+        choices = (("normalise", normalise, NORMALISE), ("second_moments", second_moments, SECOND_MOMENTS))
+        for name, chosen, allowed in choices:
+            if chosen not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {chosen!r}; {allowed[0]!r} is the default"
+                )
         self.every, self.hidden_every, self.covariance_parts = every, hidden_every, covariance_parts
         self.decay, self.basis_dtype = decay, basis_dtype
+        self.normalise, self.second_moments = normalise, second_moments
         # (flags on their way to the host, the event after which they are there) by owner; only off the CPU
         self._pending: dict[Owner, tuple[Tensor, Any]] = {}
 
@@ -94,6 +110,7 @@ class Refresh:
         """
         due: dict[tuple[Any, ...], list[Owner]] = {}
         moments: dict[Owner, list[Tensor]] = {}
+        squares: dict[Owner, list[Tensor]] = {}
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
             views = [view_of(groups[g]["params"][i].grad, a, side.heads) for (g, i, a), side in sides]
@@ -103,22 +120,30 @@ class Refresh:
             entry[f"{axis}_age"] += 1
             age = int(entry[f"{axis}_age"])
             views = [part_of(view, self.covariance_parts, age - 1) for view in views]
-            _observe_(entry[f"{axis}_covariance"], views, self.decay, accumulation_dtype(holder.dtype))
+            dtype = accumulation_dtype(holder.dtype)
+            _observe_(entry[f"{axis}_covariance"], views, self.decay, dtype, self.normalise)
             period = self.hidden_every if sides[0][1].kind == "hidden" else self.every
             if age % period == 0:
                 basis = entry[f"{axis}_basis"]
                 # a first basis is cold, and its images are far from orthogonal
                 cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
-                moments[owner] = [
-                    view_of(state[parameter]["exp_avg"], a, side.heads)
-                    for (g, i, a), side in everyone[owner]
-                    if "exp_avg" in state.get(parameter := groups[g]["params"][i], {})
-                ]
-                key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]))
+                moments[owner] = _views("exp_avg", groups, state, everyone[owner])
+                squares[owner] = _views("exp_avg_sq", groups, state, everyone[owner])
+                key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]), len(squares[owner]))
                 due.setdefault(key, []).append(owner)
-        for (shape, dtype, _, by_householder, _), owners in due.items():
+        for (shape, dtype, _, by_householder, _, _), owners in due.items():
             turning = [view for owner in owners for view in moments[owner]]
-            self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
+            turn = self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
+            if self.second_moments == "project":
+                group_action_(
+                    [view for owner in owners for view in squares[owner]], [], turn.square(), joints=len(owners)
+                )
+        if self.second_moments == "reset":
+            for owner in moments:
+                for g, i, _ in (place for place, _ in everyone[owner]):
+                    for value in (state.get(groups[g]["params"][i], {}).get(key) for key in MOMENTS):
+                        if value is not None:
+                            value.zero_()
 
     def _turn_(
         self,
@@ -129,7 +154,8 @@ class Refresh:
         heads: int,
         dtype: torch.dtype,
         by_householder: bool,
-    ) -> None:
+    ) -> Tensor:
+        """Turn the owners' bases and these moments; the turn, (owners·heads, h, h)."""
         entries = [(state[groups[g]["params"][i]], AXES[axis]) for g, i, axis in owners]
         bases = [entry[f"{axis}_basis"] for entry, axis in entries]
         covariances = [entry[f"{axis}_covariance"].to(dtype) for entry, axis in entries]
@@ -148,6 +174,7 @@ class Refresh:
                 self._send(owner, entry, axis, ill[rows].any())
             turns = after @ before.mT
         group_action_(moments, [], turns, joints=len(owners))
+        return turns
 
     def _send(self, owner: Owner, entry: dict[str, Any], axis: str, ill: Tensor) -> None:
         """Keep the flag, and let it travel: the next refresh finds it on the host without waiting."""
@@ -179,10 +206,19 @@ def _begin(entry: dict[str, Any], axis: str, view: Tensor, dtype: torch.dtype) -
     entry[f"{axis}_age"] = torch.zeros((), dtype=torch.float32)
 
 
-def _observe_(covariance: Tensor, views: list[Tensor], decay: float, dtype: torch.dtype) -> None:
+def _views(key: str, groups: Groups, state: State, sides: list[tuple[Owner, Side]]) -> list[Tensor]:
+    """Views of this state of all the sides' parameters that have it."""
+    return [
+        view_of(state[parameter][key], a, side.heads)
+        for (g, i, a), side in sides
+        if key in state.get(parameter := groups[g]["params"][i], {})
+    ]
+
+
+def _observe_(covariance: Tensor, views: list[Tensor], decay: float, dtype: torch.dtype, normalise: str) -> None:
     wide = covariance if covariance.dtype in (torch.float32, torch.float64) else covariance.to(dtype)
     if wide.dtype == torch.float32:
         views = [view.float() if view.dtype == torch.float64 else view for view in views]
-    covariance_(wide, views, decay)
+    covariance_(wide, views, decay, normalise=normalise)
     if wide is not covariance:
         covariance.copy_(wide)

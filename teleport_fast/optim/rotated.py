@@ -33,10 +33,12 @@ class Rotated(Optimizer):
     dearest and best, False: left; sides: {name pattern: (rows, columns)} of "stream",
     "heads:N", "hidden", "whole", "none", before all rules; max_side: a wider basis is not made. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
-    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖², of which each step takes one of covariance_parts runs of G's columns, in turn.
-    basis_dtype: float32 (float64 for float64 parameters) or bfloat16. nesterov: the step looks one gradient ahead,
-    β₁ m + (1 − β₁) G' in m's place, per group. match_rms: scale every matrix's update to this root mean square.
-    table_lr: a rate of its own for what AdamW steps.
+    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖², of which each step takes one of covariance_parts runs of G's columns, in turn;
+    normalise: by the "tensor"'s own ‖G‖², by that of the whole "joint" (all of a basis), or "none". second_moments at a
+    turn: "keep", "project" (by the turn's squares) or "reset" (first ones too). basis_dtype: float32 (float64 for
+    float64 parameters) or bfloat16. nesterov: the step looks one gradient ahead, β₁ m + (1 − β₁) G' in m's place, per
+    group. match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW
+    steps.
     skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
     rows_basis, rows_covariance (heads, h, h), rows_age, and the same for columns. `table()` and `memory()` say it all.
@@ -66,6 +68,8 @@ class Rotated(Optimizer):
         hidden_every: int | None = None,
         covariance_parts: int = 3,
         decay: float = 0.95,
+        normalise: str = "tensor",
+        second_moments: str = "keep",
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
         nesterov: bool = True,
@@ -80,7 +84,7 @@ class Rotated(Optimizer):
         if table_lr is not None and not table_lr >= 0:
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
         hidden_every = every if hidden_every is None else hidden_every
-        self._refresh = Refresh(every, hidden_every, covariance_parts, decay, basis_dtype)
+        self._refresh = Refresh(every, hidden_every, covariance_parts, decay, basis_dtype, normalise, second_moments)
         rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite

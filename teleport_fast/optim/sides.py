@@ -169,7 +169,9 @@ def _words(
     inner = named or rules.hidden is True
     for axis in (0, 1):
         if found[axis] is None:
-            found[axis] = "whole" if attention and width is not None and shape[axis] <= width else "hidden" if inner else "none"
+            found[axis] = (
+                "whole" if attention and width is not None and shape[axis] <= width else "hidden" if inner else "none"
+            )
     return found[0] or "none", found[1] or "none"
 
 
