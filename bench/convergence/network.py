@@ -18,6 +18,7 @@ import teleport_fast as tf
 from bench.convergence.additions import Context, arm_space, base_options, begin, parse
 from bench.convergence.interface import Result, Space, Task, Trial
 from bench.convergence.optimizers import base_named
+from bench.convergence.stacked import stackable, train_stacked
 from teleport_fast.experiments.datasets import load
 from teleport_fast.experiments.train import rate_scale
 from teleport_fast.symmetry.joint import Joint
@@ -58,6 +59,22 @@ class Digits(Task):
         for seed in seeds:
             yield self.train_one(trial, seed)
 
+    def tune(self, trials: Sequence[Trial], seeds: Sequence[int]) -> Iterator[tuple[Trial, Result]]:
+        """Arms that act entry by entry train all rates and seeds of a choice as one stack, which takes an eighth of the time."""
+        joints = _joints(self.build, self.shape)
+        for options in {repr(trial.options): trial.options for trial in trials}.values():
+            alike = [trial for trial in trials if trial.options == options]
+            if not stackable(alike[0].arm, joints):
+                yield from super().tune(alike, seeds)
+                continue
+            pairs = [(trial, seed) for trial in alike for seed in seeds]
+            data, _ = digits(self.work.images, self.shape)
+            results = train_stacked(
+                alike[0].arm, options, [(trial.rate, seed) for trial, seed in pairs], [self.model(seed, trial.arm) for trial, seed in pairs],
+                joints, data, lambda seed: batches(seed, self.work.batch, self.work.images), self.steps,
+            )
+            yield from ((trial, result) for (trial, _), result in zip(pairs, results, strict=True))
+
     def model(self, seed: int, arm: str) -> nn.Module:
         """The seed's network where it starts."""
         torch.manual_seed(seed)
@@ -79,7 +96,9 @@ class Digits(Task):
         optimizer: Any = base.make(list(model.named_parameters()), trial.rate, self.symmetries(model), **options)
         peaks = [group["lr"] for group in optimizer.param_groups]
         full_loss = lambda: F.cross_entropy(model(X), labels)  # noqa: E731
-        context = Context(model, optimizer, self.symmetries(model), steps, seed, full_loss)
+        # SAM's own step needs a closure that really runs twice; a teleport belongs where its weights are back and it steps
+        stepped = getattr(optimizer, "base_optimizer", optimizer)
+        context = Context(model, stepped, self.symmetries(model), steps, seed, full_loss)
         before, again = begin(trial.arm, context, trial.options)
         result = Result(seed, math.inf)
         for step, rows in enumerate(itertools.islice(batches(seed, self.work.batch, len(X)), steps)):

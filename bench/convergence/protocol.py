@@ -66,15 +66,19 @@ def score(task: Task, results: Sequence[Result]) -> float:
     return sum(math.log(max(final, 1e-38)) if task.compared_by == "ratio" else final for final in finals) / len(finals)
 
 
-def train(task: Task, trial: Trial, seeds: Sequence[int], store: Store, curve: bool = True) -> list[Result]:
+def train(task: Task, trial: Trial, seeds: Sequence[int], store: Store) -> list[Result]:
     """The results of a trial's seeds; those that the store has are not trained again."""
     if missing := store.missing(trial, seeds):
         for result in task.train(trial, missing):
-            store.add(trial, result, curve)
-    found = [store.get(trial, seed) for seed in seeds]
-    if lost := [seed for seed, result in zip(seeds, found, strict=True) if result is None]:
-        raise RuntimeError(f"task {task.name} gave no result for seeds {lost} of {trial.arm}; its train must yield one each")
-    return [result for result in found if result is not None]
+            store.add(trial, result)
+    return [_found(store, trial, seed) for seed in seeds]
+
+
+def _found(store: Store, trial: Trial, seed: int) -> Result:
+    found = store.get(trial, seed)
+    if found is None:
+        raise RuntimeError(f"task {store.task} gave no result for seed {seed} of {trial}; its train and tune must yield one for each seed")
+    return found
 
 
 def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int = TRIALS) -> Tuned:
@@ -85,9 +89,12 @@ def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int =
     first, scores = len(rates), dict[tuple[float, int], float]()
     wanted = list(rates)
     while True:
-        for rate in wanted:
-            for place, choice in enumerate(choices):
-                scores[rate, place] = score(task, train(task, Trial(arm, rate, choice), seeds, store, curve=False))
+        asked = {(rate, place): Trial(arm, rate, choice) for rate in wanted for place, choice in enumerate(choices)}
+        if missing := [trial for trial in asked.values() if store.missing(trial, seeds)]:
+            for trial, result in task.tune(missing, seeds):
+                store.add(trial, result, curve=False)
+        for key, trial in asked.items():
+            scores[key] = score(task, [_found(store, trial, seed) for seed in seeds])
         rate, place = min(scores, key=lambda key: scores[key])
         further = beyond(rates, rate)
         if further is None or len(rates) >= first + GROWTH or (math.isinf(scores[rate, place]) and further > rate):
