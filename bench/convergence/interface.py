@@ -29,8 +29,8 @@ class Trial:
 class Result:
     """What one seed of a trial gave. `final`: the loss that the task is judged by, at the end, infinite after divergence.
 
-    `curve`: (steps done, that loss) at the task's own places, ending with `final`. `seconds` and `optimizer_seconds`: CPU time
-    of the training, and of the optimizer's part of it, without what is only measured. `measures`: what else the table shows.
+    `curve`: (steps done, that loss) at the task's own places, ending with `final`. `measures`: what else the table shows.
+    `seconds`: CPU time of the training alone; 0 where it says nothing, as in a stack of networks (Task.cost does then).
     """
 
     seed: int
@@ -38,7 +38,6 @@ class Result:
     curve: list[tuple[int, float]] = field(default_factory=list)
     measures: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    optimizer_seconds: float = 0.0
 
     @property
     def diverged(self) -> bool:
@@ -115,6 +114,10 @@ class Task(ABC):
         for trial in trials:
             for result in self.train(trial, seeds):
                 yield trial, result
+
+    def cost(self, trials: Mapping[str, Trial]) -> dict[str, float]:
+        """CPU seconds of a step of each arm, measured in turns; empty where results carry their own seconds."""
+        return {}
 
     def references(self, arm: str) -> tuple[str, ...]:
         """The arms that this one is paired with: the baseline, and the same optimizer without what was added to it."""

@@ -67,15 +67,16 @@ def train_stacked(
     networks: Sequence[tuple[float, int]],
     models: Sequence[nn.Module],
     joints: Sequence[Joint],
-    data: tuple[Tensor, Tensor],
+    data: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
     rows_of: Callable[[int], Any],
     steps: int,
+    points: int,
 ) -> list[Result]:
-    """One result per (rate, seed): its final loss alone, on all of `data`; `rows_of(seed)` yields a seed's mini-batches.
+    """One result per (rate, seed), the curve of `points` points; `data`: training and test; `rows_of(seed)` yields mini-batches.
 
     A network whose loss is not finite has diverged: its weights go back to where they began, so that no other one waits for it.
     """
-    X, labels = data
+    (X, labels), (Y, answers) = data
     base, held = base_named(parse(arm)[0]), stack(models)
     named = list(held.named_parameters())
     begun = [p.detach().clone() for _, p in named]
@@ -91,7 +92,8 @@ def train_stacked(
     def losses(parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(template, parameters, (inputs,)), targets)
 
-    each = torch.vmap(losses, in_dims=(0, 0, 0))
+    each, all_alike = torch.vmap(losses, in_dims=(0, 0, 0)), torch.vmap(losses, in_dims=(0, None, None))
+    curves: list[tuple[int, list[float]]] = []
     for step, rows in enumerate(zip(*streams, strict=True)):
         chosen = torch.stack(rows)[places]
         optimizer.zero_grad()
@@ -107,13 +109,21 @@ def train_stacked(
         for action in before:
             action(step)
         _step_(optimizer, [p for _, p in named], rates * rate_scale(step, steps))
+        if (step + 1) * points // steps > step * points // steps:
+            with torch.no_grad():
+                values = all_alike({name: p.detach() for name, p in named}, X, labels)
+            curves.append((step + 1, values.masked_fill(dead | ~values.isfinite(), math.inf).tolist()))
     with torch.no_grad():
-        finals = torch.vmap(losses, in_dims=(0, None, None))({name: p.detach() for name, p in named}, X, labels)
-    finals[dead] = math.inf
-    return [
-        Result(seed, final if math.isfinite(final) else math.inf)
-        for (_, seed), final in zip(networks, finals.tolist(), strict=True)
-    ]
+        weights = {name: p.detach() for name, p in named}
+        outputs = torch.vmap(lambda parameters: functional_call(template, parameters, (Y,)))(weights)
+        test = all_alike(weights, Y, answers).tolist()
+        right = (outputs.argmax(-1) == answers).double().mean(1).tolist()
+    results = []
+    for place, (_, seed) in enumerate(networks):
+        curve = [(step, values[place]) for step, values in curves]
+        measures = {"test loss": test[place], "test accuracy": right[place]}
+        results.append(Result(seed, curve[-1][1], curve, {} if dead[place] else measures))
+    return results
 
 
 @torch.no_grad()
