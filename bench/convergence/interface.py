@@ -30,7 +30,8 @@ class Result:
     """What one seed of a trial gave. `final`: the loss that the task is judged by, at the end, infinite after divergence.
 
     `curve`: (steps done, that loss) at the task's own places, ending with `final`. `measures`: what else the table shows.
-    `seconds`: CPU time of the training alone; 0 where it says nothing, as in a stack of networks (Task.cost does then).
+    `seconds`, `optimizer_seconds`: CPU time of the training alone, and of the optimizer's part of it; 0 where they say nothing, as in
+    a stack of networks (Task.cost does then).
     """
 
     seed: int
@@ -38,6 +39,7 @@ class Result:
     curve: list[tuple[int, float]] = field(default_factory=list)
     measures: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    optimizer_seconds: float = 0.0
 
     @property
     def diverged(self) -> bool:
