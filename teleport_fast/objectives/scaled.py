@@ -41,6 +41,8 @@ class Scaled(Objective):
         self.decay, self.ridge = decay, ridge
         # bucket and side → (frame, covariance), (joints·heads, h, h) float64 each; a zero covariance: not begun
         self._sides: dict[str, tuple[Tensor, Tensor]] = {}
+        # sides whose every covariance has begun: nothing has to be looked at there any more
+        self._begun: set[str] = set()
 
     def default_schedule(self) -> Schedule:
         return When(_always)
@@ -57,38 +59,39 @@ class Scaled(Objective):
         up = self._frame(f"{index}+", bucket.group, weight_minus.double(), grad_plus.double())
         down = self._frame(f"{index}-", bucket.group, weight_plus.double(), grad_minus.double())
         up_t, down_t = torch.linalg.inv(up).mT, torch.linalg.inv(down).mT
-        used = torch.stack([(f - torch.eye(f.shape[-1]).to(f)).square().sum((1, 2)).amax() for f in (up, down)]).amax().sqrt()
+        eye = torch.eye(bucket.width, dtype=up.dtype, device=up.device)
+        used = torch.linalg.matrix_norm(torch.cat((up, down)) - eye).amax()
         plus, minus = Element("dense", up.to(dtype), up_t.to(dtype)), Element("dense", down_t.to(dtype), down.to(dtype))
         return Split(plus, minus), used
 
     def _frame(self, key: str, group: object, weight: Tensor, grad: Tensor) -> Tensor:
         """F that makes F⁻ᵀ `weight` F⁻¹ the identity, turned to the eigenbasis of the running F⁻ᵀ `grad` F⁻¹."""
         assert isinstance(group, DenseGroup)
+        eye = torch.eye(group.width, dtype=weight.dtype, device=weight.device)
         if key not in self._sides:
-            eye = torch.eye(group.width, dtype=weight.dtype, device=weight.device)
             self._sides[key] = eye.expand_as(weight).clone(), torch.zeros_like(weight)
         frame, covariance = self._sides[key]
-        begun = (covariance.diagonal(dim1=-2, dim2=-1).sum(-1) > 0)[:, None, None]
         inverse = torch.linalg.inv(frame)
         values, vectors = torch.linalg.eigh(group.project(inverse.mT @ weight @ inverse))
         mean = values.mean(-1)[:, None, None]
         roots = values.unsqueeze(-2).maximum(self.ridge * mean).sqrt()
-        usable = mean > 0
-        stretch = torch.where(usable, (vectors * roots) @ vectors.mT, _eye(weight))
-        shrink = torch.where(usable, (vectors / roots) @ vectors.mT, _eye(weight))
-        frame, inverse = stretch @ frame, inverse @ shrink
+        shrink = torch.where(mean > 0, (vectors / roots) @ vectors.mT, eye)
+        frame = torch.where(mean > 0, (vectors * roots) @ vectors.mT, eye) @ frame
+        inverse = inverse @ shrink
         seen = group.project(inverse.mT @ grad @ inverse)
-        size = seen.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+        begun, size = _trace(covariance) > 0, _trace(seen)
         covariance = self.decay * (shrink @ covariance @ shrink)
-        covariance = torch.where((size > 0) & usable, covariance + (1 - self.decay) * seen / size, covariance)
+        covariance = torch.where((size > 0) & (mean > 0), covariance + (1 - self.decay) * seen / size, covariance)
         turn = group.orthogonal_factor(covariance)
-        if isinstance(group, GeneralLinear):
-            # a start that all factorizations share: orthogonal iteration from the identity would remember the first one
-            turn = torch.where(begun, turn, torch.linalg.eigh(covariance)[1].flip(-1))
-        turn = torch.where(covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0, turn, _eye(weight))
-        frame = turn.mT @ frame
-        self._sides[key] = frame, turn.mT @ covariance @ turn
-        return frame
+        if key not in self._begun:
+            if isinstance(group, GeneralLinear):
+                # a start that all factorizations share: an iteration from the identity would remember the one it began with
+                turn = torch.where(begun, turn, torch.linalg.eigh(covariance)[1].flip(-1))
+            turn = torch.where(_trace(covariance) > 0, turn, eye)
+            if bool(begun.all()):
+                self._begun.add(key)
+        self._sides[key] = turn.mT @ frame, turn.mT @ covariance @ turn
+        return self._sides[key][0]
 
     def value(self, move: Move) -> Tensor:
         norms = torch._foreach_norm(list(move.gradients.values()))
@@ -99,6 +102,7 @@ class Scaled(Objective):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         keys = {name[:-1] for name in state}
+        self._begun = set()
         self._sides = {key: (state[f"{key}F"].clone(), state[f"{key}C"].clone()) for key in sorted(keys)}
 
 
@@ -106,5 +110,5 @@ def _always(info: object) -> bool:
     return True
 
 
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
