@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from teleport_fast.objectives import Objective, make_objective
-from teleport_fast.schedule import Every, Schedule
+from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
@@ -36,8 +36,9 @@ def attach(
     """Teleport the optimizer's parameters before the steps at which `schedule` fires; returns the Teleporter.
 
     optimizer: torch's SGD, Adam, AdamW, Adagrad or RMSprop (any whose state has their names), called with gradients.
-    objective: "eigenbasis" (rotations), "random" (rotations, the control), "grad_norm", "grad_l1", "balance", or an
-    Objective. schedule: when; Every(100) by default. radius: how far each factor of the group may go, 0.5 where the
+    objective: "eigenbasis" (rotations), "random" (rotations, the control), "grad_norm", "grad_l1", "balance", "ratio" (one
+    scale per joint), "scaled" (P from the weights, frame "return"), or an Objective. schedule: when; Every(100) by
+    default, once for "ratio", at every step for "scaled". radius: how far each factor of the group may go, 0.5 where the
     objective has no optimum, infinite for balance downwards. direction: "ascend" or "descend", the objective's own by
     default. frame: "stay" keeps g·w, "return" comes back with g⁻¹ after the step. second_moments: what happens to them
     under a dense g, "keep", "reset" (the whole state of the moved parameters starts anew) or "project" (v → (g∘g) v);
@@ -100,6 +101,11 @@ def attach_as(
         raise ValueError(f"direction must be one of {names} for objective {chosen.name!r}, got {direction!r}")
     if frame not in FRAMES:
         raise ValueError(f"frame must be one of {', '.join(FRAMES)}, got {frame!r}")
+    if frame not in chosen.frames:
+        raise ValueError(
+            f"frame must be {' or '.join(map(repr, chosen.frames))} for objective {chosen.name!r}, got {frame!r}: the point "
+            f"that it steps at is not on the network's orbit; pass frame={chosen.frames[0]!r}"
+        )
     if second_moments not in SECOND_MOMENTS:
         raise ValueError(f"second_moments must be one of {', '.join(SECOND_MOMENTS)}, got {second_moments!r}")
     if frame == "return" and second_moments == "project":
@@ -108,7 +114,7 @@ def attach_as(
     if isinstance(radius, bool) or not isinstance(radius, (int, float)):
         raise TypeError(f"radius must be a number or None, got {radius!r}; 0.5 is the usual choice")
     check_radius(radius, finite=direction not in chosen.closed_form)
-    schedule = Every(100) if schedule is None else schedule
+    schedule = chosen.default_schedule() if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise TypeError(
             f"schedule must be a Schedule, got {type(schedule).__name__}; pass tf.Every(100), or tf.When(a_function)"

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from teleport_fast.plan import Plan
 from teleport_fast.record import Pending, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
 from teleport_fast.state import NORMALISED, forget_, state_sources
-from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE, Bucket, Element
+from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE, Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 
 # optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
@@ -53,7 +53,7 @@ class Teleporter:
         self._counter, self._seed = counter, seed
         self._history: list[Pending] = []
         self._held: dict[int, Element] = {}
-        self._away: list[tuple[int, Bucket, Element]] = []
+        self._away: list[tuple[int, Bucket, Element | Split]] = []
         self._put_aside: list[tuple[Tensor, Tensor]] = []
         self._counts_this_step = False
         self._depth = 0
@@ -179,7 +179,7 @@ class Teleporter:
             if found is None:
                 continue
             element, used = found
-            if element.g.is_floating_point() and not bool(torch.isfinite(element.g.sum())):
+            if not element.is_finite():
                 self._warn(f"joint {bucket.joints[0].name!r}: the search gave a non-finite element, the joint stays")
                 continue
             self._go(parameters, gradients, [(index, bucket, element)], self.second_moments)
@@ -192,20 +192,17 @@ class Teleporter:
             for report in self.after_move:
                 report(record)
 
-    def _hold(self, index: int, element: Element) -> None:
-        if self.frame != "return" or not self.objective.holds:
-            return
-        held = self._held.get(index)
-        if held is not None:
-            assert held.g_inverse_t is not None and element.g_inverse_t is not None
-            element = Element("dense", element.g @ held.g, element.g_inverse_t @ held.g_inverse_t)
-        self._held[index] = element
+    def _hold(self, index: int, element: Element | Split) -> None:
+        if self.frame == "return" and self.objective.holds:
+            assert isinstance(element, Element)
+            held = self._held.get(index)
+            self._held[index] = element if held is None else element.after(held)
 
     def _go(
         self,
         parameters: dict[str, Tensor],
         gradients: dict[str, Tensor],
-        moves: list[tuple[int, Bucket, Element]],
+        moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
     ) -> None:
         self._move_all(parameters, gradients, moves, second_moments)
@@ -216,7 +213,7 @@ class Teleporter:
         self,
         parameters: dict[str, Tensor],
         gradients: dict[str, Tensor],
-        moves: list[tuple[int, Bucket, Element]],
+        moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
     ) -> None:
         """Parameters, gradients, first moments in one pass per bucket; second moments as `second_moments` says."""
@@ -229,11 +226,10 @@ class Teleporter:
             bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
             normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
             if normalised:
-                signs = Element("diagonal", element.g.sign())
-                bucket.move_(signs if element.form == "diagonal" else element, normalised)
-            if element.form != "dense" or second_moments == "keep":
+                bucket.move_(element.signs(), normalised)
+            if element.form in ("diagonal", "permutation") or second_moments == "keep":
                 continue
-            if second_moments == "project":
+            if second_moments == "project" and isinstance(element, Element):
                 bucket.move_(element.squared(), [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE])
             else:
                 forget_(self.optimizer, [parameters[name] for name in bucket.parameters()])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.convergence.interface import Result, Task
+from bench.convergence.interface import Task
 from bench.convergence.paired import Paired, holm
 from bench.convergence.picture import draw
 from bench.convergence.protocol import Comparison, Outcome
@@ -42,7 +42,7 @@ def table(outcome: Outcome) -> list[str]:
     against = "quotient" if task.compared_by == "ratio" else "difference"
     columns = [
         "arm", "best trial (trials)", task.loss, *extra, f"against: {against} (95%), p", "steps to its loss", "time to its loss",
-        "CPU s (optimizer)", "shorter", "untuned",
+        "ms a step", "shorter", "untuned",
     ]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     corrected = dict(zip(map(id, outcome.comparisons), holm([one.loss.p for one in outcome.comparisons]), strict=True))
@@ -57,7 +57,7 @@ def table(outcome: Outcome) -> list[str]:
             "<br>".join(f"{one.reference}: {pairing(one.loss, corrected[id(one)])}" for one in own) or "–",
             "<br>".join(reach(one, one.steps) for one in own) or "–",
             "<br>".join(reach(one, one.time) for one in own) or "–",
-            f"{_mean([r.seconds for r in results]):.2f} ({100 * _share(results):.0f} %)",
+            f"{1e3 * outcome.cost.get(arm, math.nan):.2g}" if outcome.cost.get(arm) else "–",
             "<br>".join(f"{share:g}: {spread([r.final for r in rs], task)}" for (a, share), rs in outcome.shorter.items() if a == arm) or "–",
             "<br>".join(f"{spread([r.final for r in rs], task)}" for (a, _), rs in outcome.untuned.items() if a == arm) or "–",
         ]
@@ -93,7 +93,7 @@ def probability(p: float) -> str:
 def reach(one: Comparison, value: float) -> str:
     if one.reached == 0:
         return "not reached"
-    return f"{value:.2f}" + (f" ({one.reached} of {one.loss.n})" if one.reached < one.loss.n else "")
+    return ("–" if math.isnan(value) else f"{value:.2f}") + (f" ({one.reached} of {one.loss.n})" if one.reached < one.loss.n else "")
 
 
 def spread(values: Sequence[float], task: Task | None = None) -> str:
@@ -124,7 +124,7 @@ def summary(outcome: Outcome, command: str, seeds: Sequence[int], tuning_seeds: 
                 "rate": tuned.trial.rate, "options": dict(tuned.trial.options), "trials": tuned.trials, "at_edge": tuned.at_edge,
                 "score_by_rate": [[rate, short(value)] for rate, value in tuned.by_rate.items()],
                 "finals": [short(result.final) for result in outcome.results[arm]],
-                "seconds": short(_mean([result.seconds for result in outcome.results[arm]])),
+                "step_seconds": short(outcome.cost.get(arm, math.nan)),
                 "curves": [[[step, short(loss)] for step, loss in result.curve] for result in outcome.results[arm]],
             }
             for arm, tuned in outcome.tuned.items()
@@ -143,11 +143,6 @@ def summary(outcome: Outcome, command: str, seeds: Sequence[int], tuning_seeds: 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _share(results: Sequence[Result]) -> float:
-    whole = sum(result.seconds for result in results)
-    return sum(result.optimizer_seconds for result in results) / whole if whole else math.nan
 
 
 def _list(numbers: Sequence[int]) -> str:

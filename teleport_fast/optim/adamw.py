@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from teleport_fast.ops.teleport_adamw import teleport_adamw_
 from teleport_fast.optim.plain_adamw import begin, plain_adamw_
 from teleport_fast.optimizer import attach_as
 from teleport_fast.schedule import Schedule
-from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.symmetry.view import View
 from teleport_fast.teleporter import Teleporter, TeleportRecord
@@ -54,13 +54,14 @@ class DeferringTeleporter(Teleporter):
         self,
         parameters: dict[str, Tensor],
         gradients: dict[str, Tensor],
-        moves: list[tuple[int, Bucket, Element]],
+        moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
     ) -> None:
         left = dict(parameters)
         for index, bucket, element in moves:
-            names = self._whole(bucket, parameters) - self._later[index] if element.form == "diagonal" else set()
-            if names:
+            diagonal = isinstance(element, Element) and element.form == "diagonal"
+            names = self._whole(bucket, parameters) - self._later[index] if diagonal else set()
+            if isinstance(element, Element) and names:
                 self.deferred.append((bucket, element, names))
                 self._measure(bucket, element, names, parameters)
             left = {name: tensor for name, tensor in left.items() if name not in names}
