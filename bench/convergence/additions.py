@@ -117,7 +117,7 @@ def _level_set(context: Context, cap: float) -> BeforeStep:
 
 ADDITIONS: dict[str, Addition] = {
     "balance-once": Addition(_teleport("balance", lambda _: tf.Once(step=0)), moves=True),
-    "balance-every": Addition(_teleport("balance", lambda _: tf.Every(1)), moves=True),
+    "balance-every": Addition(_teleport("balance", lambda _: tf.When(lambda _: True)), moves=True),
     "rotations": Addition(_teleport("eigenbasis", lambda _: tf.Every(3)), dense=True, stacks=False),
     "random": Addition(_teleport("random", lambda _: tf.Every(10)), dense=True, stacks=False),
     "grad-norm": Addition(_teleport("grad_norm", lambda steps: tf.Every(_rarely(steps))), RADII, moves=True),

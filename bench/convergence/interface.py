@@ -93,6 +93,8 @@ class Task(ABC):
     loss: str
     # "ratio": losses span decades, seeds are compared by their quotients; "difference": by what is between them
     compared_by: str = "difference"
+    # how tables call a run without a final loss
+    failed: str = "diverged"
     steps: int
     # the arms of `--arms` by default; the first is the baseline
     arms: tuple[str, ...]
@@ -116,6 +118,13 @@ class Task(ABC):
         for trial in trials:
             for result in self.train(trial, seeds):
                 yield trial, result
+
+    def score(self, results: Sequence[Result]) -> float:
+        """What tuning makes small: the mean final loss over seeds, of its logarithm where losses span decades."""
+        finals = [result.final for result in results]
+        if not all(map(math.isfinite, finals)):
+            return math.inf
+        return sum(math.log(max(final, 1e-38)) if self.compared_by == "ratio" else final for final in finals) / len(finals)
 
     def cost(self, trials: Mapping[str, Trial]) -> dict[str, float]:
         """CPU seconds of a step of each arm, measured in turns; empty where results carry their own seconds."""

@@ -60,14 +60,6 @@ class Outcome:
     comparisons: list[Comparison] = field(default_factory=list)
 
 
-def score(task: Task, results: Sequence[Result]) -> float:
-    """What tuning makes small: the mean final loss over seeds, of its logarithm where losses span decades."""
-    finals = [result.final for result in results]
-    if not all(map(math.isfinite, finals)):
-        return math.inf
-    return sum(math.log(max(final, 1e-38)) if task.compared_by == "ratio" else final for final in finals) / len(finals)
-
-
 def train(task: Task, trial: Trial, seeds: Sequence[int], store: Store) -> list[Result]:
     """The results of a trial's seeds; those that the store has are not trained again."""
     if missing := store.missing(trial, seeds):
@@ -96,7 +88,7 @@ def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int =
             for trial, result in task.tune(missing, seeds):
                 store.add(trial, result, curve=False)
         for key, trial in asked.items():
-            scores[key] = score(task, [_found(store, trial, seed) for seed in seeds])
+            scores[key] = task.score([_found(store, trial, seed) for seed in seeds])
         rate, place = min(scores, key=lambda key: scores[key])
         further = beyond(rates, rate)
         if further is None or len(rates) >= first + GROWTH or (math.isinf(scores[rate, place]) and further > rate):
@@ -113,13 +105,15 @@ def compare(
     """Pairs two arms' results by seed; `cost`: seconds of a step of each. ValueError where they ran other seeds."""
     if [result.seed for result in mine] != [result.seed for result in theirs]:
         raise ValueError(f"{arm} and {reference} must run the same seeds, got {[r.seed for r in mine]} and {[r.seed for r in theirs]}")
-    steps = []
+    steps, curves = [], all(result.curve for result in (*mine, *theirs))
     for result, base in zip(mine, theirs, strict=True):
         reached = steps_to_reach(result.curve, base.final)
         if result.diverged or base.diverged or math.isnan(reached):
             continue
         steps.append(reached / base.curve[-1][0])
     loss = paired([result.final for result in mine], [base.final for base in theirs], by)
+    if not curves:
+        return Comparison(arm, reference, loss, math.nan, math.nan, loss.n)
     dearer = cost[arm] / cost[reference] if cost.get(arm) and cost.get(reference) else math.nan
     return Comparison(arm, reference, loss, _mean(steps), dearer * _mean(steps), len(steps))
 

@@ -108,7 +108,7 @@ def train_stacked(
                     p.grad.copy_(torch.where(dead.view(shape), torch.zeros_like(p), p.grad))
         for action in before:
             action(step)
-        _step_(optimizer, [p for _, p in named], rates * rate_scale(step, steps))
+        step_(optimizer, [p for _, p in named], rates * rate_scale(step, steps))
         if (step + 1) * points // steps > step * points // steps:
             with torch.no_grad():
                 values = all_alike({name: p.detach() for name, p in named}, X, labels)
@@ -127,13 +127,14 @@ def train_stacked(
 
 
 @torch.no_grad()
-def _step_(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], rates: Tensor) -> None:
-    """The optimizer's step at a rate for each network; a teleport in its pre-step hook is kept whole."""
-    moved: list[Tensor] = []
-    handle = optimizer.register_step_pre_hook(lambda *_: moved.extend(p.detach().clone() for p in parameters))
+def step_(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], rates: Tensor, returns: bool = False) -> None:
+    """The optimizer's step at a rate for each network. A teleport before it is kept whole; one that `returns` leaves nothing to keep."""
+    begun: list[Tensor] = [p.detach().clone() for p in parameters] if returns else []
+    # last of the hooks: after the teleport's
+    handle = optimizer.register_step_pre_hook(lambda *_: None if returns else begun.extend(p.detach().clone() for p in parameters))
     try:
         optimizer.step()
     finally:
         handle.remove()
-    for p, start in zip(parameters, moved, strict=True):
+    for p, start in zip(parameters, begun, strict=True):
         p.sub_(start).mul_(rates.view(-1, *[1] * (p.ndim - 1))).add_(start)
