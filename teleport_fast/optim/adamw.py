@@ -42,12 +42,13 @@ class DeferringTeleporter(Teleporter):
         gradients: dict[str, Tensor],
         everything: dict[str, Tensor],
         serving: list[tuple[int, Bucket]],
+        void: Tensor | None,
     ) -> None:
         self._everything, names = everything, set[str]()
         for index, bucket in reversed(serving):
             self._later[index] = set(names)
             names.update(bucket.parameters())
-        super()._teleport(parameters, gradients, everything, serving)
+        super()._teleport(parameters, gradients, everything, serving, void)
         self._everything = {}
 
     def _go(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.called import full_precision
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
 from teleport_fast.optim.plain_adamw import plain_adamw_
@@ -44,6 +45,8 @@ class Rotated(Optimizer):
     >>> print(optimizer.table().splitlines()[2])
     up.weight  8 x 4  -     stream 4  rows: hidden=False
     """
+
+    teleports_itself = True
 
     def __init__(
         self,
@@ -119,7 +122,8 @@ class Rotated(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._assigned.extend(self.param_groups)
+        if self._assigned.extend(self.param_groups):
+            self._refresh.forget()
         places = [
             (g, i)
             for g, group in enumerate(self.param_groups)
@@ -137,9 +141,10 @@ class Rotated(Optimizer):
         turned = [place for place in places if self._assigned.of(*place).turned]
         for g, i in turned:
             self._begin(self.param_groups[g]["params"][i], self.param_groups[g]["base"])
-        self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
-        self._step_turned(turned)
-        self._step_rest([place for place in places if not self._assigned.of(*place).turned])
+        with full_precision({self.param_groups[g]["params"][i].device.type for g, i in places}):
+            self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
+            self._step_turned(turned)
+            self._step_rest([place for place in places if not self._assigned.of(*place).turned])
         return loss
 
     def _all_finite(self, places: list[Place]) -> bool:

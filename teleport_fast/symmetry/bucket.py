@@ -35,6 +35,11 @@ class Element:
             return Element(self.form, group.inverse(self.g))
         return Element(self.form, self.g_inverse_t.mT, self.g.mT)
 
+    def to(self, device: torch.device) -> Element:
+        """The element on another device, where the tensors lie that it moves."""
+        inverse = self.g_inverse_t
+        return self if self.g.device == device else Element(self.form, self.g.to(device), None if inverse is None else inverse.to(device))
+
     def squared(self) -> Element:
         """The element whose matrices have squared entries: it carries second moments of uncorrelated entries."""
         assert self.g_inverse_t is not None
