@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -261,14 +261,16 @@ class Teleporter:
             radius = used if radius is None else torch.maximum(radius, used.to(radius.device, non_blocking=True))
             moved += len(bucket.joints)
         after = self.objective.value(measured)
-        if self.max_norm is not None:
-            _clip_(everything, self.max_norm)
+        self._clip(everything)
         radius, seconds = torch.zeros(()) if radius is None else radius, time.perf_counter() - start
         self._history.append(Pending(self.step_count, before, after, radius, seconds, moved, void))
         if self.after_move and not self._history[-1].void():
             record = self._history[-1].read()
             for report in self.after_move:
                 report(record)
+
+    def _clip(self, everything: dict[str, Tensor]) -> None:
+        clip_(everything.values(), everything, self.max_norm)
 
     def _hold(self, index: int, element: Element) -> None:
         if self.frame != "return" or not self.objective.holds:
@@ -400,8 +402,10 @@ def _total_norm(tensors: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(torch._foreach_norm(list(tensors.values()), 2, torch.float64))).norm()
 
 
-def _clip_(gradients: dict[str, Tensor], max_norm: float) -> None:
-    """Scale all gradients so that their norm is at most `max_norm`, as torch.nn.utils.clip_grad_norm_; no read-back."""
-    factor = (max_norm / (_total_norm(gradients) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients.values():
+def clip_(gradients: Iterable[Tensor], measured: dict[str, Tensor], max_norm: float | None) -> None:
+    """Scale gradients so that the norm of `measured` comes to `max_norm`, as torch.nn.utils.clip_grad_norm_; no read-back."""
+    if max_norm is None:
+        return
+    factor = (max_norm / (_total_norm(measured) + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
         gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
