@@ -25,6 +25,9 @@ from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE, Bucket, E
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
 
+# entries whose norm is taken at once on a CPU
+PIECE = 16384
+
 # optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
 _skipping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -399,7 +402,15 @@ class Teleporter:
 
 def _total_norm(tensors: dict[str, Tensor]) -> Tensor:
     """In float64, where finite float32 entries of 1e25 still have a finite norm."""
-    return torch.stack(list(torch._foreach_norm(list(tensors.values()), 2, torch.float64))).norm()
+    pieces = [piece for tensor in tensors.values() for piece in _pieces(tensor)]
+    return torch.stack(list(torch._foreach_norm(pieces, 2, torch.float64))).norm()
+
+
+def _pieces(tensor: Tensor) -> Iterable[Tensor]:
+    """On a CPU torch widens a tensor before it takes the norm: blocks of rows, so that it never holds a wide embedding."""
+    if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
+        return (tensor,)
+    return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
 
 
 def clip_(gradients: Iterable[Tensor], measured: dict[str, Tensor], max_norm: float | None) -> None:

@@ -248,6 +248,12 @@ class Rotated(Optimizer):
             self.state[self.param_groups[g]["params"][i]][key] = value
         self._refresh.forget()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of AdamW, or an older one, lacks what only Rotated has
+            for key in ("base", "match_rms", "rotate"):
+                group.setdefault(key, self.defaults[key])
+
     def _restored(self, key: str, value: Tensor, g: int, i: int) -> Tensor:
         """A copy in the dtype and on the device where this optimizer keeps it. Errors: ValueError for another shape."""
         if key in COUNTERS:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import schedulefree
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +24,7 @@ Make = Callable[..., Optimizer]
 
 
 def schedule_free(params: Any, **options: Any) -> Optimizer:
+    schedulefree = pytest.importorskip("schedulefree", reason="needs schedulefree; pip install -r requirements/dev.txt")
     optimizer: Any = schedulefree.AdamWScheduleFree(params, **options)
     optimizer.train()
     made: Optimizer = optimizer
