@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.called import full_precision
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
 from teleport_fast.optim.plain_adamw import plain_adamw_
@@ -49,6 +50,8 @@ class Rotated(Optimizer):
     >>> print(optimizer.table().splitlines()[2])
     up.weight  8 x 4  hidden 8  stream 4
     """
+
+    teleports_itself = True
 
     def __init__(
         self,
@@ -129,7 +132,8 @@ class Rotated(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._assigned.extend(self.param_groups)
+        if self._assigned.extend(self.param_groups):
+            self._refresh.forget()
         places = [
             (g, i)
             for g, group in enumerate(self.param_groups)
@@ -147,9 +151,10 @@ class Rotated(Optimizer):
         turned = [place for place in places if self._assigned.of(*place).turned]
         for g, i in turned:
             self._begin(self.param_groups[g]["params"][i], self.param_groups[g]["base"])
-        self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
-        self._step_turned(turned)
-        self._step_rest([place for place in places if not self._assigned.of(*place).turned])
+        with full_precision({self.param_groups[g]["params"][i].device.type for g, i in places}):
+            self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
+            self._step_turned(turned)
+            self._step_rest([place for place in places if not self._assigned.of(*place).turned])
         return loss
 
     def _all_finite(self, places: list[Place]) -> bool:
@@ -255,6 +260,13 @@ class Rotated(Optimizer):
             self.state[self.param_groups[g]["params"][i]][key] = value
         self._refresh.forget()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of AdamW, or an older one, lacks what only Rotated has
+            for key in ("base", "match_rms", "rotate"):
+                group.setdefault(key, self.defaults[key])
+            group.setdefault("nesterov", False)
+
     def _restored(self, key: str, value: Tensor, g: int, i: int) -> Tensor:
         """A copy in the dtype and on the device where this optimizer keeps it. Errors: ValueError for another shape."""
         if key in COUNTERS:
@@ -275,11 +287,6 @@ class Rotated(Optimizer):
                 f"load it into a Rotated made with the same stream, heads, hidden, sides, symmetries and max_side"
             )
         return value.detach().to(parameter.device, dtype, copy=True)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("nesterov", False)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_refresh": self._refresh, "_assigned": self._assigned, "skip_nonfinite": self.skip_nonfinite}
