@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from teleport_fast.symmetry.bucket import Element, Split
 
-E = TypeVar("E", Element, Split)
+E = TypeVar("E", bound=Element | Split)
 
 
 def is_nested(optimizer: Optimizer) -> bool:
@@ -74,8 +74,8 @@ def unless(void: Tensor, element: E) -> E:
     """The element, or the identity where `void` (0-d bool) holds or an entry is not finite; nothing is read back."""
     void = void.to(element.finite().device, non_blocking=True) | ~element.finite()
     if isinstance(element, Split):
-        return Split(_or_identity(void, element.plus), _or_identity(void, element.minus))
-    return _or_identity(void, element)
+        return cast(E, Split(_or_identity(void, element.plus), _or_identity(void, element.minus)))
+    return cast(E, _or_identity(void, element))
 
 
 def _or_identity(void: Tensor, element: Element) -> Element:
