@@ -45,7 +45,7 @@ class Bytes(Task):
 
     def space(self, arm: str) -> Space:
         arm_of(arm, {})
-        return Space.around(MIDDLE.get(arm, 0.0033), MOMENTA, factor=1.47)
+        return Space.around(MIDDLE.get(arm.partition(":")[0], 0.0033), MOMENTA, factor=1.47)
 
     def train(self, trial: Trial, seeds: Sequence[int]) -> Iterator[Result]:
         work = replace(self.work, steps=max(1, round(trial.share * self.steps)))
