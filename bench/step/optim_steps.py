@@ -4,8 +4,8 @@
 
 A round times one forward + backward of the demo's GPT and one period of every optimizer, step by step: AdamW; Rotated with three
 steps between refreshes, without the hidden side, with it, and with it in blocks of 64; AdamW with exact rotations every three steps;
-torch's Muon; AdamW with a diagonal teleport at every step, by `attach` and by `tf.optim.AdamW`. Figures are medians over rounds of the ratio of a mean step, with quartiles. CPU time by
-`time.thread_time`, on one thread, so that other work on the machine hardly shows.
+torch's Muon; AdamW with a diagonal teleport at every step, by `attach` and by `tf.optim.AdamW`. Figures are medians over rounds of
+the ratio of a mean step, with quartiles. CPU time by `time.thread_time`, on one thread, so that other work on the machine hardly shows.
 """
 
 from __future__ import annotations
