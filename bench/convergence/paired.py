@@ -38,7 +38,7 @@ def paired(arm: Sequence[float], reference: Sequence[float], by: str = "differen
 
     >>> found = paired([1.0, 2.0, 3.0], [2.0, 3.5, 4.0])
     >>> round(found.mean, 3), round(found.low, 3), round(found.high, 3), round(found.p, 4)
-    (-1.167, -1.884, -0.449, 0.0198)
+    (-1.167, -1.884, -0.45, 0.0198)
     """
     if len(arm) != len(reference) or not arm:
         raise ValueError(f"arm and reference must hold the same seeds, got {len(arm)} and {len(reference)} losses")

@@ -13,8 +13,8 @@ from bench.convergence.store import Store
 from teleport_fast.experiments.summary import steps_to_reach
 from teleport_fast.experiments.sweep import beyond
 
-# How many rates growth may add before the edge is admitted.
-GROWTH = 12
+# How many rates growth may add before the edge is admitted, and how often a grid that diverges whole is tried a span lower.
+GROWTH, SHIFTS = 12, 4
 Say = Callable[[str], None]
 
 
@@ -76,11 +76,15 @@ def _found(store: Store, trial: Trial, seed: int) -> Result:
 
 
 def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int = TRIALS) -> Tuned:
-    """Tries every rate with every choice; while the best rate is an edge, the next one beyond it, with every choice too."""
+    """Tries every rate with every choice; while the best rate is an edge, the next one beyond it, with every choice too.
+
+    Where nothing converges at any rate, the whole grid once more below itself: a start may ask for a thousandth of the usual rate.
+    """
     space = task.space(arm)
     choices = space.choices[: max(1, trials // RATES)]
     rates = sorted(space.grid(trials))
-    first, scores = len(rates), dict[tuple[float, int], float]()
+    span, shifts, grown = 1.0, 0, 0
+    scores: dict[tuple[float, int], float] = {}
     wanted = list(rates)
     while True:
         asked = {(rate, place): Trial(arm, rate, choice) for rate in wanted for place, choice in enumerate(choices)}
@@ -89,12 +93,19 @@ def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int =
                 store.add(trial, result, curve=False)
         for key, trial in asked.items():
             scores[key] = task.score([_found(store, trial, seed) for seed in seeds])
-        rate, place = min(scores, key=lambda key: scores[key])
+        # of equals, such as rates that all diverge, the lowest
+        rate, place = min(scores, key=lambda key: (scores[key], key))
         further = beyond(rates, rate)
-        if further is None or len(rates) >= first + GROWTH or (math.isinf(scores[rate, place]) and further > rate):
+        if math.isinf(scores[rate, place]) and shifts < SHIFTS:
+            span = rates[-1] / rates[0] * (rates[1] / rates[0]) if not shifts else span
+            wanted = [float(f"{r / span:.3g}") for r in wanted]
+            shifts += 1
+        elif further is None or grown >= GROWTH or math.isinf(scores[rate, place]):
             break
-        rates = sorted([*rates, further])
-        wanted = [further]
+        else:
+            wanted = [further]
+            grown += 1
+        rates = sorted({*rates, *wanted})
     by_rate = {rate: min(scores[rate, place] for place in range(len(choices))) for rate in rates}
     return Tuned(Trial(arm, rate, choices[place]), scores[rate, place], len(scores), further is not None, by_rate)
 

@@ -44,10 +44,23 @@ def test_growth_has_an_end_that_is_admitted(toy: Any, tmp_path: Path) -> None:
     assert tuned.at_edge and tuned.trials == TRIALS + GROWTH
 
 
-def test_a_grid_never_grows_upwards_into_divergence(toy: Any, tmp_path: Path) -> None:
+def test_a_grid_that_diverges_whole_is_tried_again_below_itself(toy: Any, tmp_path: Path) -> None:
+    plain, toy.best = toy.train, {"plain": 4e-6}
+
+    def diverging(trial: Trial, seeds: Sequence[int]) -> Iterator[Result]:
+        for result in plain(trial, seeds):
+            result.final = math.inf if trial.rate > 1e-5 else result.final
+            yield result
+
+    toy.train = diverging
+    tuned = tune(toy, "plain", store_of(toy, tmp_path), TUNING)
+    assert abs(math.log2(tuned.trial.rate / 4e-6)) < 0.2 and not tuned.at_edge
+
+
+def test_what_diverges_at_every_rate_is_said_to(toy: Any, tmp_path: Path) -> None:
     toy.gain = {"plain": -math.inf}
     tuned = tune(toy, "plain", store_of(toy, tmp_path), TUNING)
-    assert math.isinf(tuned.score) and max(tuned.by_rate) <= 0.032
+    assert math.isinf(tuned.score) and max(tuned.by_rate) <= 0.032 and tuned.trial.rate == min(tuned.by_rate) < 1e-7
 
 
 def test_a_run_that_diverged_on_one_seed_is_not_chosen(toy: Any, tmp_path: Path) -> None:
