@@ -292,8 +292,19 @@ class Teleporter:
             warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
 
 
+def _quick_norm(tensors: dict[str, Tensor]) -> Tensor | None:
+    """In float32 on a CPU, in half the time; None elsewhere and where a square may have overflowed or vanished."""
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in tensors.values()):
+        return None
+    norm = torch.stack(list(torch._foreach_norm(list(tensors.values())))).double().norm()
+    return norm if 1e-10 < float(norm) < 1e10 else None
+
+
 def _total_norm(tensors: dict[str, Tensor]) -> Tensor:
     """In float64, where finite float32 entries of 1e25 still have a finite norm."""
+    quick = _quick_norm(tensors)
+    if quick is not None:
+        return quick
     return torch.stack(list(torch._foreach_norm(list(tensors.values()), 2, torch.float64))).norm()
 
 
