@@ -39,6 +39,9 @@ void rotate_step_(
 void covariance_(
     torch::stable::Tensor covariance, std::vector<torch::stable::Tensor> tensors, double decay, int64_t joints);
 
+void orthogonal_iteration_(
+    std::vector<torch::stable::Tensor> bases, std::vector<torch::stable::Tensor> covariances, torch::stable::Tensor turns);
+
 torch::stable::Tensor matrix_exp(torch::stable::Tensor matrices);
 
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> matrix_exp_pair(torch::stable::Tensor matrices);

@@ -56,11 +56,7 @@ def trust_region_ascent(
         assert step.g_inverse_t is not None
         plus = step.g_inverse_t @ plus @ step.g_inverse_t.mT
         minus = step.g @ minus @ step.g.mT
-        if element is None:
-            element = step
-        else:
-            assert element.g_inverse_t is not None
-            element = Element("dense", step.g @ element.g, step.g_inverse_t @ element.g_inverse_t)
+        element = step if element is None else step.after(element)
     assert element is not None
     moved = (minus - plus).abs().amax() > 0 if minus.numel() else minus.new_zeros((), dtype=torch.bool)
     return element, radius * moved.to(minus.dtype)

@@ -32,7 +32,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"objective": "grad-norm"},
         ValueError,
-        "objective must be one of eigenbasis, random, grad_norm, grad_l1, balance or an Objective, got 'grad-norm'",
+        "objective must be one of eigenbasis, random, grad_norm, grad_l1, balance, ratio, scaled or an Objective, got 'grad-norm'",
     ),
     ({"objective": 3}, ValueError, "objective must be one of eigenbasis, "),
     ({"objective": ["grad_norm"]}, ValueError, "or an Objective, got ['grad_norm']"),
@@ -171,6 +171,10 @@ def test_an_element_that_is_not_in_the_group_is_refused_before_training_starts(g
     [
         (lambda: objectives.GradNorm(steps=0), "steps must be at least 1, got 0; 1 is the default"),
         (lambda: objectives.GradL1(trials=0), "trials must be at least 1, got 0; 4 is the default"),
+        (lambda: objectives.Ratio(0.0), "ratio must be positive and finite, got 0.0; 16 is the default"),
+        (lambda: objectives.Ratio(math.inf), "ratio must be positive and finite, got inf"),
+        (lambda: objectives.Scaled(decay=1.0), "decay must be in [0, 1), got 1.0; 0.95 is the default"),
+        (lambda: objectives.Scaled(ridge=0.0), "ridge must be positive, got 0.0; 1e-12 is the default"),
         (lambda: objectives.Eigenbasis(decay=1.0), "decay must be in [0, 1), got 1.0; 0.95 is the default"),
         (lambda: objectives.Eigenbasis(decay=-0.1), "decay must be in [0, 1), got -0.1"),
         (lambda: objectives.Eigenbasis(decay=math.nan), "decay must be in [0, 1), got nan"),

@@ -112,6 +112,8 @@ def test_objectives_have_the_documented_names_and_defaults() -> None:
         "grad_norm": ("ascend", "descend"),
         "grad_l1": ("ascend", "descend"),
         "balance": ("descend", "ascend"),
+        "ratio": ("ascend",),
+        "scaled": ("ascend",),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,11 +20,15 @@ from teleport_fast.symmetry.symmetries import Symmetries
 RARE = 10
 LEVEL_SET_TELEPORTS = 3
 CLIP = 1.0
+RADII = ({"radius": 0.2}, {"radius": 0.05})
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an addition may need: the model, its optimizer, its joints, the run's length and seed, the loss on all training data."""
+    """What an addition may need: the model, its optimizer, its joints, the run's length and seed, the loss on all training data.
+
+    `networks`: how many lie in the model along a first axis of every parameter; 1: the model is one.
+    """
 
     model: nn.Module
     optimizer: Optimizer
@@ -31,6 +36,7 @@ class Context:
     steps: int
     seed: int
     full_loss: Callable[[], Tensor]
+    networks: int = 1
 
 
 # Called before each step with its number, gradients in place.
@@ -42,13 +48,16 @@ class Addition:
     """`begin(context, **options)` puts it in place and may return what is called before steps; `choices` are its own tuned options.
 
     `dense`: it needs rotations, which only a model with a residual stream or heads has. `second_gradient`: what it does before a
-    step changes the weights, so that the gradient is computed again.
+    step changes the weights, so that the gradient is computed again. `stacks`: it treats each network of a stack alike; `moves`: along
+    joints that stretch.
     """
 
     begin: Callable[..., BeforeStep | None]
     choices: tuple[Mapping[str, Any], ...] = ({},)
     dense: bool = False
     second_gradient: bool = False
+    stacks: bool = True
+    moves: bool = False
 
 
 def _teleport(objective: str, schedule: Callable[[int], Any]) -> Callable[..., None]:
@@ -74,7 +83,18 @@ def _reset(context: Context) -> BeforeStep:
 
 def _clip(context: Context) -> BeforeStep:
     parameters = list(context.model.parameters())
-    return lambda _: void(nn.utils.clip_grad_norm_(parameters, CLIP))
+
+    def before(_: int) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if context.networks == 1:
+            nn.utils.clip_grads_with_norm_(parameters, CLIP, nn.utils.get_total_norm(gradients))
+            return
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        factor = (CLIP / (norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factor.view(-1, *[1] * (gradient.ndim - 1)))
+
+    return before
 
 
 def _level_set(context: Context, cap: float) -> BeforeStep:
@@ -95,20 +115,14 @@ def _level_set(context: Context, cap: float) -> BeforeStep:
     return before
 
 
-def void(_: object) -> None:
-    """Drops a value where nothing may be returned."""
-
-
 ADDITIONS: dict[str, Addition] = {
-    "balance-once": Addition(_teleport("balance", lambda _: tf.Once(step=0))),
-    "balance-every": Addition(_teleport("balance", lambda _: tf.Every(1))),
-    "rotations": Addition(_teleport("eigenbasis", lambda _: tf.Every(3)), dense=True),
-    "random": Addition(_teleport("random", lambda _: tf.Every(10)), dense=True),
-    "grad-norm": Addition(
-        _teleport("grad_norm", lambda steps: tf.Every(_rarely(steps))), choices=({"radius": 0.2}, {"radius": 0.05})
-    ),
-    "grad-l1": Addition(_teleport("grad_l1", lambda steps: tf.Every(_rarely(steps))), choices=({"radius": 0.2}, {"radius": 0.05})),
-    "level-set": Addition(_level_set, choices=({"cap": 4.0}, {"cap": 100.0}), second_gradient=True),
+    "balance-once": Addition(_teleport("balance", lambda _: tf.Once(step=0)), moves=True),
+    "balance-every": Addition(_teleport("balance", lambda _: tf.When(lambda _: True)), moves=True),
+    "rotations": Addition(_teleport("eigenbasis", lambda _: tf.Every(3)), dense=True, stacks=False),
+    "random": Addition(_teleport("random", lambda _: tf.Every(10)), dense=True, stacks=False),
+    "grad-norm": Addition(_teleport("grad_norm", lambda steps: tf.Every(_rarely(steps))), RADII, moves=True),
+    "grad-l1": Addition(_teleport("grad_l1", lambda steps: tf.Every(_rarely(steps))), RADII, moves=True),
+    "level-set": Addition(_level_set, choices=({"cap": 4.0}, {"cap": 100.0}), second_gradient=True, stacks=False),
     "reset": Addition(_reset),
     "clip": Addition(_clip),
     # the task reads it: the start that its own is a bad version of
@@ -131,22 +145,14 @@ def parse(arm: str) -> tuple[str, tuple[str, ...]]:
 
 
 def arm_space(arm: str) -> Space:
-    """The optimizer's rates, and its choices with those of what is added; of the optimizer's own as many as still fit the budget."""
+    """The optimizer's rates; its choices and those of what is added, each beside the others' first, as many as the budget holds."""
     base, added = parse(arm)
     choices: list[Mapping[str, Any]] = [{}]
     for name in added:
         choices = [{**one, **other} for one in choices for other in ADDITIONS[name].choices]
-    room = TRIALS // RATES // len(choices)
     space = base_space(base)
-    own = space.choices if len(choices) == 1 else _spread(space.choices, room)
-    return Space(space.rates, tuple({**mine, **other} for mine in own for other in choices))
-
-
-def _spread(choices: tuple[Mapping[str, Any], ...], room: int) -> tuple[Mapping[str, Any], ...]:
-    """The first of the choices and others evenly after it."""
-    if len(choices) <= room:
-        return choices
-    return tuple(choices[place * len(choices) // room] for place in range(room))
+    star = [{**space.choices[0], **other} for other in choices] + [{**mine, **choices[0]} for mine in space.choices[1:]]
+    return Space(space.rates, tuple(star[: TRIALS // RATES]))
 
 
 def begin(arm: str, context: Context, options: Mapping[str, Any]) -> tuple[list[BeforeStep], bool]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # What every arm has to spend: the first rates times its choices, on each tuning seed.
-RATES, TRIALS = 6, 36
+RATES, TRIALS = 6, 18
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Trial:
 class Result:
     """What one seed of a trial gave. `final`: the loss that the task is judged by, at the end, infinite after divergence.
 
-    `curve`: (steps done, that loss) at the task's own places, ending with `final`. `seconds` and `optimizer_seconds`: CPU time
-    of the training, and of the optimizer's part of it, without what is only measured. `measures`: what else the table shows.
+    `curve`: (steps done, that loss) at the task's own places, ending with `final`. `measures`: what else the table shows.
+    `seconds`, `optimizer_seconds`: CPU time of the training alone, and of the optimizer's part of it; 0 where they say nothing, as in
+    a stack of networks (Task.cost does then).
     """
 
     seed: int
@@ -74,8 +75,8 @@ class Space:
     def grid(self, trials: int = TRIALS) -> tuple[float, ...]:
         """The rates of the first round: as many as `trials` allows with these choices, between the same ends.
 
-        >>> len(Space.around(0.004).grid()), len(Space.around(0.004, [{}] * 6).grid())
-        (36, 6)
+        >>> len(Space.around(0.004).grid()), len(Space.around(0.004, [{}] * 3).grid())
+        (18, 6)
         """
         count = max(RATES, trials // len(self.choices))
         if count == len(self.rates):
@@ -92,6 +93,8 @@ class Task(ABC):
     loss: str
     # "ratio": losses span decades, seeds are compared by their quotients; "difference": by what is between them
     compared_by: str = "difference"
+    # how tables call a run without a final loss
+    failed: str = "diverged"
     steps: int
     # the arms of `--arms` by default; the first is the baseline
     arms: tuple[str, ...]
@@ -109,6 +112,23 @@ class Task(ABC):
     @abstractmethod
     def train(self, trial: Trial, seeds: Sequence[int]) -> Iterator[Result]:
         """One result per seed, in order. A seed decides start and batches, alike for every arm."""
+
+    def tune(self, trials: Sequence[Trial], seeds: Sequence[int]) -> Iterator[tuple[Trial, Result]]:
+        """Every trial on every seed, in any order; a task that trains many at once does so here, where only `final` is asked."""
+        for trial in trials:
+            for result in self.train(trial, seeds):
+                yield trial, result
+
+    def score(self, results: Sequence[Result]) -> float:
+        """What tuning makes small: the mean final loss over seeds, of its logarithm where losses span decades."""
+        finals = [result.final for result in results]
+        if not all(map(math.isfinite, finals)):
+            return math.inf
+        return sum(math.log(max(final, 1e-38)) if self.compared_by == "ratio" else final for final in finals) / len(finals)
+
+    def cost(self, trials: Mapping[str, Trial]) -> dict[str, float]:
+        """CPU seconds of a step of each arm, measured in turns; empty where results carry their own seconds."""
+        return {}
 
     def references(self, arm: str) -> tuple[str, ...]:
         """The arms that this one is paired with: the baseline, and the same optimizer without what was added to it."""

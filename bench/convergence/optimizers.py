@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +33,13 @@ class Base:
     steps_by: str = ""
 
 
-def product(**values: Sequence[Any]) -> tuple[dict[str, Any], ...]:
-    """Every combination of the values, the first of each first.
+def one(name: str, *values: Any) -> tuple[dict[str, Any], ...]:
+    """Choices that differ in one option, the usual value first.
 
-    >>> product(momentum=(0.9, 0.0))
-    ({'momentum': 0.9}, {'momentum': 0.0})
+    >>> one("momentum", 0.9, 0.8)
+    ({'momentum': 0.9}, {'momentum': 0.8})
     """
-    return tuple(dict(zip(values, one, strict=True)) for one in itertools.product(*values.values()))
+    return tuple({name: value} for value in values)
 
 
 def _betas(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,31 +96,32 @@ def _package() -> Any:
     return pytorch_optimizer
 
 
-BETAS = product(beta1=(0.9, 0.8, 0.95), beta2=(0.99, 0.95))
+BETAS = ({"beta1": 0.9, "beta2": 0.95}, {"beta1": 0.8, "beta2": 0.95}, {"beta1": 0.9, "beta2": 0.99})
+TURNED = ({"beta1": 0.9, "beta2": 0.98}, {"beta1": 0.8, "beta2": 0.98}, {"beta1": 0.9, "beta2": 0.95})
 BASES: dict[str, Base] = {
     "adamw": Base(_adamw, 0.004, BETAS, first_order=True),
     "sgd": Base(lambda named, rate, _: torch.optim.SGD(_tensors(named), lr=rate), 0.2, ({},), first_order=True),
     "momentum": Base(
         lambda named, rate, _, **o: torch.optim.SGD(_tensors(named), lr=rate, **o), 0.05,
-        product(momentum=(0.9, 0.8, 0.95), nesterov=(False, True)), first_order=True,
+        one("momentum", 0.9, 0.95, 0.8), first_order=True,
     ),
     "adagrad": Base(
         lambda named, rate, _, **o: torch.optim.Adagrad(_tensors(named), lr=rate, **o), 0.02,
-        product(initial_accumulator_value=(0.0, 1e-4, 1e-2)), first_order=True,
+        one("initial_accumulator_value", 0.0, 1e-4, 1e-2), first_order=True,
     ),
     "rmsprop": Base(
         lambda named, rate, _, **o: torch.optim.RMSprop(_tensors(named), lr=rate, **o), 0.002,
-        product(alpha=(0.99, 0.95), momentum=(0.0, 0.5, 0.9)), first_order=True,
+        ({"alpha": 0.95, "momentum": 0.0}, {"alpha": 0.95, "momentum": 0.8}, {"alpha": 0.99, "momentum": 0.0}), first_order=True,
     ),
-    "muon": Base(_muon, 0.02, product(momentum=(0.95, 0.9, 0.8), rest=(0.3, 0.1))),
-    "soap": Base(_soap, 0.004, product(beta1=(0.95, 0.9, 0.8), every=(10, 1))),
+    "muon": Base(_muon, 0.02, ({"momentum": 0.95, "rest": 0.3}, {"momentum": 0.9, "rest": 0.3}, {"momentum": 0.9, "rest": 0.1})),
+    "soap": Base(_soap, 0.004, ({"beta1": 0.95, "every": 10}, {"beta1": 0.9, "every": 10}, {"beta1": 0.9, "every": 1})),
     "shampoo": Base(lambda named, rate, _, **o: Shampoo(_tensors(named), lr=rate, **_betas(o)), 0.004, BETAS),
-    "sam": Base(_sam, 0.004, product(rho=(0.05, 0.01, 0.2), beta1=(0.9, 0.8)), steps_by="closure"),
-    "schedule-free": Base(_schedule_free, 0.008, product(beta1=(0.9, 0.95, 0.8), beta2=(0.99, 0.95)), steps_by="modes"),
-    "rotated": Base(_rotated, 0.004, product(beta1=(0.9, 0.8, 0.95), beta2=(0.98, 0.95))),
+    "sam": Base(_sam, 0.004, ({"rho": 0.05, "beta1": 0.9}, {"rho": 0.01, "beta1": 0.9}, {"rho": 0.2, "beta1": 0.9}), steps_by="closure"),
+    "schedule-free": Base(_schedule_free, 0.008, BETAS, steps_by="modes"),
+    "rotated": Base(_rotated, 0.004, TURNED),
     "rotated-hidden": Base(
         lambda named, rate, symmetries, **o: _rotated(named, rate, symmetries, hidden=True, **o), 0.004,
-        product(beta1=(0.9, 0.8, 0.95), beta2=(0.98, 0.95)),
+        TURNED,
     ),
 }
 FIRST_ORDER = tuple(name for name, base in BASES.items() if base.first_order)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from bench.convergence.interface import Result
 from bench.convergence.protocol import Outcome
@@ -19,16 +20,17 @@ def draw(outcome: Outcome, path: Path) -> None:
     task = outcome.task
     means = {arm: _mean(results) for arm, results in outcome.results.items()}
     order = sorted(means, key=lambda arm: means[arm])
-    figure = Figure(figsize=(12, max(4.0, 0.27 * len(order) + 1.5)), layout="constrained")
+    curved = any(result.curve for results in outcome.results.values() for result in results)
+    figure = Figure(figsize=(12 if curved else 7, max(3.0, 0.27 * len(order) + 1.5)), layout="constrained")
     FigureCanvasAgg(figure)
-    ends, curves = figure.subplots(1, 2)
+    ends, *others = figure.subplots(1, 2 if curved else 1, squeeze=False)[0]
     baseline = next(iter(outcome.results))
     best = [arm for arm in order if arm != baseline and math.isfinite(means[arm])][: len(COLOURS) - 1]
     colours = dict(zip([baseline, *best], COLOURS, strict=False))
     for place, arm in enumerate(order):
         finals = [result.final for result in outcome.results[arm]]
         if not all(map(math.isfinite, finals)):
-            ends.text(0.02, place, "diverged", transform=ends.get_yaxis_transform(), va="center")
+            ends.text(0.02, place, task.failed, transform=ends.get_yaxis_transform(), va="center")
             continue
         ends.plot(finals, [place] * len(finals), "o", ms=4, alpha=0.6, color=colours.get(arm, "#999999"))
         ends.plot([means[arm]], [place], "|", ms=14, color="#000000")
@@ -37,6 +39,16 @@ def draw(outcome: Outcome, path: Path) -> None:
     ends.set_yticks(range(len(order)), order)
     ends.invert_yaxis()
     ends.set_xlabel(f"{task.loss} at the end; |: mean")
+    if task.compared_by == "ratio":
+        ends.set_xscale("log")
+    for curves in others:
+        _curves(outcome, curves, colours)
+    figure.suptitle(f"{task.name}: {len(next(iter(outcome.results.values())))} paired seeds, each arm at its best trial")
+    figure.savefig(path, dpi=100)
+
+
+def _curves(outcome: Outcome, curves: Any, colours: dict[str, str]) -> None:
+    task = outcome.task
     for arm, colour in colours.items():
         results = [result for result in outcome.results[arm] if result.curve]
         if not results:
@@ -48,10 +60,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     curves.set_ylabel(task.loss)
     curves.legend(fontsize="small")
     if task.compared_by == "ratio":
-        ends.set_xscale("log")
         curves.set_yscale("log")
-    figure.suptitle(f"{task.name}: {len(next(iter(outcome.results.values())))} paired seeds, each arm at its best trial")
-    figure.savefig(path, dpi=100)
 
 
 def _mean(results: list[Result]) -> float:

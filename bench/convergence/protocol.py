@@ -34,7 +34,7 @@ class Comparison:
     """An arm against a reference at the end of training, seed by seed.
 
     `steps`: the share of the reference's steps at which the arm's curve is at the reference's final loss, mean over the
-    `reached` of n seeds that get there; `time`: the same in CPU time. Linear between a curve's points.
+    `reached` of n seeds that get there, linear between a curve's points; `time`: the same in CPU time of its steps.
     """
 
     arm: str
@@ -55,26 +55,24 @@ class Outcome:
     # (arm, share of the steps) and (arm, reference whose trial it runs at)
     shorter: dict[tuple[str, float], list[Result]] = field(default_factory=dict)
     untuned: dict[tuple[str, str], list[Result]] = field(default_factory=dict)
+    # CPU seconds of a step
+    cost: dict[str, float] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
 
 
-def score(task: Task, results: Sequence[Result]) -> float:
-    """What tuning makes small: the mean final loss over seeds, of its logarithm where losses span decades."""
-    finals = [result.final for result in results]
-    if not all(map(math.isfinite, finals)):
-        return math.inf
-    return sum(math.log(max(final, 1e-38)) if task.compared_by == "ratio" else final for final in finals) / len(finals)
-
-
-def train(task: Task, trial: Trial, seeds: Sequence[int], store: Store, curve: bool = True) -> list[Result]:
+def train(task: Task, trial: Trial, seeds: Sequence[int], store: Store) -> list[Result]:
     """The results of a trial's seeds; those that the store has are not trained again."""
     if missing := store.missing(trial, seeds):
         for result in task.train(trial, missing):
-            store.add(trial, result, curve)
-    found = [store.get(trial, seed) for seed in seeds]
-    if lost := [seed for seed, result in zip(seeds, found, strict=True) if result is None]:
-        raise RuntimeError(f"task {task.name} gave no result for seeds {lost} of {trial.arm}; its train must yield one each")
-    return [result for result in found if result is not None]
+            store.add(trial, result)
+    return [_found(store, trial, seed) for seed in seeds]
+
+
+def _found(store: Store, trial: Trial, seed: int) -> Result:
+    found = store.get(trial, seed)
+    if found is None:
+        raise RuntimeError(f"task {store.task} gave no result for seed {seed} of {trial}; its train and tune must yield one for each seed")
+    return found
 
 
 def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int = TRIALS) -> Tuned:
@@ -85,9 +83,12 @@ def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int =
     first, scores = len(rates), dict[tuple[float, int], float]()
     wanted = list(rates)
     while True:
-        for rate in wanted:
-            for place, choice in enumerate(choices):
-                scores[rate, place] = score(task, train(task, Trial(arm, rate, choice), seeds, store, curve=False))
+        asked = {(rate, place): Trial(arm, rate, choice) for rate in wanted for place, choice in enumerate(choices)}
+        if missing := [trial for trial in asked.values() if store.missing(trial, seeds)]:
+            for trial, result in task.tune(missing, seeds):
+                store.add(trial, result, curve=False)
+        for key, trial in asked.items():
+            scores[key] = task.score([_found(store, trial, seed) for seed in seeds])
         rate, place = min(scores, key=lambda key: scores[key])
         further = beyond(rates, rate)
         if further is None or len(rates) >= first + GROWTH or (math.isinf(scores[rate, place]) and further > rate):
@@ -98,20 +99,23 @@ def tune(task: Task, arm: str, store: Store, seeds: Sequence[int], trials: int =
     return Tuned(Trial(arm, rate, choices[place]), scores[rate, place], len(scores), further is not None, by_rate)
 
 
-def compare(arm: str, reference: str, mine: Sequence[Result], theirs: Sequence[Result], by: str) -> Comparison:
-    """Pairs two arms' results by seed; ValueError where they ran other seeds."""
+def compare(
+    arm: str, reference: str, mine: Sequence[Result], theirs: Sequence[Result], by: str, cost: Mapping[str, float]
+) -> Comparison:
+    """Pairs two arms' results by seed; `cost`: seconds of a step of each. ValueError where they ran other seeds."""
     if [result.seed for result in mine] != [result.seed for result in theirs]:
         raise ValueError(f"{arm} and {reference} must run the same seeds, got {[r.seed for r in mine]} and {[r.seed for r in theirs]}")
-    steps, time = [], []
+    steps, curves = [], all(result.curve for result in (*mine, *theirs))
     for result, base in zip(mine, theirs, strict=True):
         reached = steps_to_reach(result.curve, base.final)
         if result.diverged or base.diverged or math.isnan(reached):
             continue
         steps.append(reached / base.curve[-1][0])
-        if base.seconds > 0:
-            time.append(reached / result.curve[-1][0] * result.seconds / base.seconds)
     loss = paired([result.final for result in mine], [base.final for base in theirs], by)
-    return Comparison(arm, reference, loss, _mean(steps), _mean(time), len(steps))
+    if not curves:
+        return Comparison(arm, reference, loss, math.nan, math.nan, loss.n)
+    dearer = cost[arm] / cost[reference] if cost.get(arm) and cost.get(reference) else math.nan
+    return Comparison(arm, reference, loss, _mean(steps), dearer * _mean(steps), len(steps))
 
 
 def run(
@@ -137,16 +141,18 @@ def run(
         tuned = outcome.tuned[arm] = tune(task, arm, store, tuning_seeds, trials)
         results = outcome.results[arm] = train(task, tuned.trial, seeds, store)
         at = ", ".join([f"lr {tuned.trial.rate:g}", *(f"{key} {value}" for key, value in tuned.trial.options.items())])
-        loss, seconds = _mean([result.final for result in results]), _mean([result.seconds for result in results])
-        say(f"{task.name}: {arm} at {at}: {task.loss} {loss:.6g}, {seconds:.2f} s each")
+        say(f"{task.name}: {arm} at {at}: {task.loss} {_mean([result.final for result in results]):.6g}")
         for share in shares:
             outcome.shorter[arm, share] = train(task, Trial(arm, tuned.trial.rate, tuned.trial.options, share), seeds, store)
+    outcome.cost = task.cost({arm: tuned.trial for arm, tuned in outcome.tuned.items()}) or {
+        arm: _mean([result.seconds for result in results]) / task.steps for arm, results in outcome.results.items()
+    }
     for arm in arms:
         for reference in task.references(arm):
             if reference not in outcome.results:
                 continue
             theirs = outcome.results[reference]
-            outcome.comparisons.append(compare(arm, reference, outcome.results[arm], theirs, task.compared_by))
+            outcome.comparisons.append(compare(arm, reference, outcome.results[arm], theirs, task.compared_by, outcome.cost))
             if arm.startswith(f"{reference}+"):
                 own, given = task.space(arm).choices[0], outcome.tuned[reference].trial
                 trial = Trial(arm, given.rate, {**own, **given.options})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.convergence.interface import Result, Task
+from bench.convergence.interface import Task
 from bench.convergence.paired import Paired, holm
 from bench.convergence.picture import draw
 from bench.convergence.protocol import Comparison, Outcome
@@ -42,9 +42,9 @@ def table(outcome: Outcome) -> list[str]:
     against = "quotient" if task.compared_by == "ratio" else "difference"
     columns = [
         "arm", "best trial (trials)", task.loss, *extra, f"against: {against} (95%), p", "steps to its loss", "time to its loss",
-        "CPU s (optimizer)", "shorter", "untuned",
+        "ms a step", "shorter", "untuned",
     ]
-    lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    rows = []
     corrected = dict(zip(map(id, outcome.comparisons), holm([one.loss.p for one in outcome.comparisons]), strict=True))
     for arm, results in outcome.results.items():
         tuned = outcome.tuned[arm]
@@ -54,28 +54,30 @@ def table(outcome: Outcome) -> list[str]:
         shown = [
             arm, f"{trial} ({tuned.trials}{edge})", spread([result.final for result in results], task),
             *(spread([result.measures.get(name, math.nan) for result in results]) for name in extra),
-            "<br>".join(f"{one.reference}: {pairing(one.loss, corrected[id(one)])}" for one in own) or "–",
+            "<br>".join(f"{one.reference}: {pairing(one.loss, corrected[id(one)], task.failed)}" for one in own) or "–",
             "<br>".join(reach(one, one.steps) for one in own) or "–",
             "<br>".join(reach(one, one.time) for one in own) or "–",
-            f"{_mean([r.seconds for r in results]):.2f} ({100 * _share(results):.0f} %)",
+            f"{1e3 * outcome.cost.get(arm, math.nan):.2g}" if outcome.cost.get(arm) else "–",
             "<br>".join(f"{share:g}: {spread([r.final for r in rs], task)}" for (a, share), rs in outcome.shorter.items() if a == arm) or "–",
             "<br>".join(f"{spread([r.final for r in rs], task)}" for (a, _), rs in outcome.untuned.items() if a == arm) or "–",
         ]
-        lines.append(f"| {' | '.join(shown)} |")
-    return [*lines, "", _legend(outcome)]
+        rows.append(shown)
+    told = [place for place in range(len(columns)) if any(set(row[place].split("<br>")) != {"–"} for row in rows)]
+    lines = [[columns[place] for place in told], ["---"] * len(told), *([row[place] for place in told] for row in rows)]
+    return [*(f"| {' | '.join(line)} |" for line in lines), "", _legend()]
 
 
-def _legend(outcome: Outcome) -> str:
+def _legend() -> str:
     return (
         "p: paired t test, two-sided, after Holm's correction over this table. Steps and time (CPU) to the reference's final loss, as shares "
         "of what the reference took; seeds that got there in brackets where not all did. untuned: the arm at its optimizer's best trial."
     )
 
 
-def pairing(loss: Paired, p: float) -> str:
-    """One pairing's cell: the mean, its interval and the corrected p."""
-    if not math.isfinite(loss.mean):
-        return "diverged"
+def pairing(loss: Paired, p: float, failed: str = "diverged") -> str:
+    """One pairing's cell: the mean, its interval and the corrected p; whose run failed, where one did."""
+    if math.isnan(loss.mean) or (math.isnan(loss.low) and loss.n > 1):
+        return failed if math.isinf(loss.mean) else f"the other {failed}"
     if math.isnan(loss.low):
         return f"{loss.mean:.3g}"
     return f"{loss.mean:.3g} ({loss.low:.3g} to {loss.high:.3g}), {probability(p)}"
@@ -93,7 +95,7 @@ def probability(p: float) -> str:
 def reach(one: Comparison, value: float) -> str:
     if one.reached == 0:
         return "not reached"
-    return f"{value:.2f}" + (f" ({one.reached} of {one.loss.n})" if one.reached < one.loss.n else "")
+    return ("–" if math.isnan(value) else f"{value:.2f}") + (f" ({one.reached} of {one.loss.n})" if one.reached < one.loss.n else "")
 
 
 def spread(values: Sequence[float], task: Task | None = None) -> str:
@@ -103,7 +105,8 @@ def spread(values: Sequence[float], task: Task | None = None) -> str:
     '2 ± 1.4'
     """
     if not values or not all(map(math.isfinite, values)):
-        return "diverged" if any(map(math.isinf, values)) else "–"
+        gone = sum(map(math.isinf, values))
+        return f"{task.failed if task else 'diverged'} ({gone} of {len(values)})" if gone else "–"
     ratio = task is not None and task.compared_by == "ratio"
     numbers = [math.log(max(value, 1e-38)) for value in values] if ratio else list(values)
     mean = _mean(numbers)
@@ -124,7 +127,7 @@ def summary(outcome: Outcome, command: str, seeds: Sequence[int], tuning_seeds: 
                 "rate": tuned.trial.rate, "options": dict(tuned.trial.options), "trials": tuned.trials, "at_edge": tuned.at_edge,
                 "score_by_rate": [[rate, short(value)] for rate, value in tuned.by_rate.items()],
                 "finals": [short(result.final) for result in outcome.results[arm]],
-                "seconds": short(_mean([result.seconds for result in outcome.results[arm]])),
+                "step_seconds": short(outcome.cost.get(arm, math.nan)),
                 "curves": [[[step, short(loss)] for step, loss in result.curve] for result in outcome.results[arm]],
             }
             for arm, tuned in outcome.tuned.items()
@@ -143,11 +146,6 @@ def summary(outcome: Outcome, command: str, seeds: Sequence[int], tuning_seeds: 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _share(results: Sequence[Result]) -> float:
-    whole = sum(result.seconds for result in results)
-    return sum(result.optimizer_seconds for result in results) / whole if whole else math.nan
 
 
 def _list(numbers: Sequence[int]) -> str:

@@ -66,7 +66,7 @@ class Store:
             "task": self.task, "setting": self.setting, "arm": trial.arm, "rate": trial.rate, "options": dict(trial.options),
             "share": trial.share, "seed": result.seed, "final": short(result.final),
             "measures": {name: short(value) for name, value in result.measures.items()},
-            "seconds": short(result.seconds), "optimizer_seconds": short(result.optimizer_seconds),
+            **({"seconds": short(result.seconds), "optimizer_seconds": short(result.optimizer_seconds)} if result.seconds else {}),
             **({"curve": [[step, short(loss)] for step, loss in result.curve]} if curve else {}),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,4 +78,4 @@ def _result(row: dict[str, Any]) -> Result:
     number = lambda value: math.inf if value is None else float(value)  # noqa: E731
     curve = [(int(step), number(loss)) for step, loss in row.get("curve", [])]
     measures = {name: number(value) for name, value in row["measures"].items()}
-    return Result(row["seed"], number(row["final"]), curve, measures, row["seconds"], row["optimizer_seconds"])
+    return Result(row["seed"], number(row["final"]), curve, measures, row.get("seconds", 0.0), row.get("optimizer_seconds", 0.0))

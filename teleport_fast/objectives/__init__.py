@@ -9,6 +9,8 @@ from teleport_fast.objectives.base import Move, Objective
 from teleport_fast.objectives.dual_norm import GradL1, GradNorm
 from teleport_fast.objectives.eigenbasis import Eigenbasis, RandomRotation
 from teleport_fast.objectives.fixed import Fixed
+from teleport_fast.objectives.ratio import Ratio
+from teleport_fast.objectives.scaled import Scaled
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "eigenbasis": Eigenbasis,
@@ -16,6 +18,8 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "grad_norm": GradNorm,
     "grad_l1": GradL1,
     "balance": Balance,
+    "ratio": Ratio,
+    "scaled": Scaled,
 }
 
 
@@ -38,5 +42,7 @@ __all__ = [
     "Move",
     "Objective",
     "RandomRotation",
+    "Ratio",
+    "Scaled",
     "make_objective",
 ]

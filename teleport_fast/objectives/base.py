@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.schedule import Every, Schedule
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
 
@@ -30,18 +31,23 @@ class Objective(ABC):
 
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
-    instead of lasting one step; `measures` is what `value` reads, "gradients" or "parameters".
+    instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
+    or "parameters".
     """
 
     name = "objective"
     directions: tuple[str, ...] = ("ascend", "descend")
     holds = False
     closed_form: tuple[str, ...] = ()
+    frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
 
     def default_radius(self, direction: str) -> float:
         """Searches without an optimum are bounded by 0.5: a condition number of g of at most e."""
         return 0.5
+
+    def default_schedule(self) -> Schedule:
+        return Every(100)
 
     def check(self, symmetries: Symmetries) -> None:
         """Raise ValueError for what does not fit these symmetries, before anything is planned."""
@@ -56,7 +62,7 @@ class Objective(ABC):
         return None
 
     @abstractmethod
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element | Split, Tensor] | None:
         """The element for bucket `index` and the largest factor length it uses (0-d); None: this bucket stays."""
 
     @abstractmethod

@@ -79,10 +79,14 @@ class Rules:
 
     stream: str = "matrix"
     heads: bool = True
-    hidden: bool = False
+    hidden: bool | int = 64
     max_side: int = 4096
     sides: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    hidden_block: int | None = None
+
+    @property
+    def block(self) -> int | None:
+        """The width that a hidden side's bases are to have; None for one basis."""
+        return None if isinstance(self.hidden, bool) else self.hidden
 
     def __post_init__(self) -> None:
         if self.stream not in STREAMS:
@@ -91,10 +95,9 @@ class Rules:
             )
         if self.max_side < 0:
             raise ValueError(f"max_side must be at least 0, got {self.max_side}; 4096 is the default")
-        block = self.hidden_block
-        if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 2):
+        if not isinstance(self.hidden, int) or (self.block is not None and self.block < 2):
             raise ValueError(
-                f"hidden_block must be None or an integer of at least 2, got {block!r}; pass a width such as 128"
+                f"hidden must be True, False or a width of at least 2, got {self.hidden!r}; 64 is the default"
             )
         for pattern, pair in self.sides.items():
             if len(pair) != 2 or any(_parse(word) is None for word in pair):
@@ -137,14 +140,14 @@ def _assignment(
     if own is None and (plain(name) in known.tables or (named and is_table(name))):
         return Assignment(name, shape, None, "embedding or head")
     kind = role(name) if named else None
-    words = own or _words(plain(name), shape, kind, known, rules, width)
+    words = own or _words(plain(name), shape, kind, named, known, rules, width)
     rows, columns = (_side(words[axis], shape[axis], axis, name, kind, named, rules, own) for axis in (0, 1))
     reason = "" if rows.basis or columns.basis else f"rows: {rows.why}; columns: {columns.why}"
     return Assignment(name, shape, (rows, columns) if not reason else None, reason)
 
 
 def _words(
-    name: str, shape: tuple[int, ...], kind: str | None, known: Known, rules: Rules, width: int | None
+    name: str, shape: tuple[int, ...], kind: str | None, named: bool, known: Known, rules: Rules, width: int | None
 ) -> tuple[str, str]:
     """What each axis is, in the words of the argument `sides`."""
     found: list[str | None] = [None, None]
@@ -162,9 +165,13 @@ def _words(
             found[axis] = "stream"
     # heads whose number nobody told: one basis for all of them, as good and dearer
     attention = kind in ("attention", "attention-writer")
+    # an embedding without a name looks like an MLP's layer, and its rows are best left
+    inner = named or rules.hidden is True
     for axis in (0, 1):
         if found[axis] is None:
-            found[axis] = "whole" if attention and width is not None and shape[axis] <= width else "hidden"
+            found[axis] = (
+                "whole" if attention and width is not None and shape[axis] <= width else "hidden" if inner else "none"
+            )
     return found[0] or "none", found[1] or "none"
 
 
@@ -208,10 +215,10 @@ def _side(
         "whole": "" if rules.heads or own else "heads=False",
     }[kind]
     width = size // heads
-    if kind == "hidden" and rules.hidden_block is not None and not off:
-        found = divisor_near(size, rules.hidden_block)
+    if kind == "hidden" and rules.block is not None and not off:
+        found = divisor_near(size, rules.block)
         if found is None:
-            off = f"{size} has no divisor near hidden_block={rules.hidden_block}"
+            off = f"{size} has no divisor near hidden={rules.block}"
         else:
             heads, width = size // found, found
     if not off and width > rules.max_side:

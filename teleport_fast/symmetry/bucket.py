@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -20,7 +21,10 @@ _EXPONENT = {PARAMETER: 1.0, COVECTOR: -1.0, SQUARE: -2.0}
 
 @dataclass(frozen=True)
 class Element:
-    """One group element for all heads of a bucket; dense ones carry g⁻ᵀ so that nobody inverts twice."""
+    """One group element for all heads of a bucket; dense ones carry g⁻ᵀ so that nobody inverts twice.
+
+    A dense group may be given an element of form "diagonal", (heads, h): it moves second moments exactly.
+    """
 
     form: str
     g: Tensor
@@ -31,14 +35,61 @@ class Element:
         return cls(group.form, g, group.inverse(g).mT if group.form == "dense" else None)
 
     def inverse(self, group: Group) -> Element:
+        if self.form == "diagonal":
+            return Element(self.form, self.g.reciprocal())
         if self.g_inverse_t is None:
             return Element(self.form, group.inverse(self.g))
         return Element(self.form, self.g_inverse_t.mT, self.g.mT)
+
+    def after(self, first: Element) -> Element:
+        """The element that acts as `first` and then this one; both of one form, which is not a permutation."""
+        if self.form == "diagonal":
+            return Element(self.form, self.g * first.g)
+        assert self.g_inverse_t is not None and first.g_inverse_t is not None
+        return Element(self.form, self.g @ first.g, self.g_inverse_t @ first.g_inverse_t)
+
+    def signs(self) -> Element:
+        """What moves an average of normalised gradients: of a diagonal the signs alone."""
+        return Element(self.form, self.g.sign()) if self.form == "diagonal" else self
+
+    def finite(self) -> Tensor:
+        """Whether every entry is finite, a 0-d bool where the element lies."""
+        return torch.isfinite(self.g.sum())
+
+    def to(self, device: torch.device) -> Element:
+        """The element on another device, where the tensors lie that it moves."""
+        inverse = self.g_inverse_t
+        return self if self.g.device == device else Element(self.form, self.g.to(device), None if inverse is None else inverse.to(device))
 
     def squared(self) -> Element:
         """The element whose matrices have squared entries: it carries second moments of uncorrelated entries."""
         assert self.g_inverse_t is not None
         return replace(self, g=self.g.square(), g_inverse_t=self.g_inverse_t.square())
+
+
+@dataclass(frozen=True)
+class Split:
+    """An element for each side of a joint: what goes to `plus` for the writers' step, to `minus` for the readers'.
+
+    Each is a move along the orbit, but the network is at neither point as a whole: only the return frame may use it.
+    """
+
+    plus: Element
+    minus: Element
+
+    form = "split"
+
+    def inverse(self, group: Group) -> Split:
+        return Split(self.plus.inverse(group), self.minus.inverse(group))
+
+    def signs(self) -> Split:
+        return Split(self.plus.signs(), self.minus.signs())
+
+    def finite(self) -> Tensor:
+        return self.plus.finite() & self.minus.finite()
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.plus.to(device), self.minus.to(device))
 
 
 @dataclass(frozen=True)
@@ -73,20 +124,31 @@ class Bucket:
         return [name for joint in self.joints for name in joint.buffers()]
 
     @torch.no_grad()
-    def move_(self, element: Element, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
+    def move_(self, element: Element | Split, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
         """Move every tensor of `sources` in place; a source is (kind, {parameter name: tensor}).
 
         Parameters: A₊ → g A₊, A₋ → g⁻ᵀ A₋. Covectors (gradients, first moments): G₊ → g⁻ᵀ G₊, G₋ → g G₋. Squares
         (second moments) take the square of a diagonal's factor; under a dense g they are not moved here. Buffers that a
-        joint carries move with the parameters. Names missing from a source are left out.
+        joint carries move with the parameters. Names missing from a source are left out. A `Split` moves each side by
+        its own element.
         Source: own derivation, checked by tests/symmetry/test_bucket.py.
         """
-        if element.form == "dense":
+        if isinstance(element, Split):
+            plus, minus = self._sides
+            plus.move_(element.plus, sources)
+            minus.move_(element.minus, sources)
+        elif element.form == "dense":
             self._move_dense(element, sources)
         elif element.form == "diagonal":
             self._move_diagonal(element.g, sources)
         else:
             self._permute(element.g, sources)
+
+    @cached_property
+    def _sides(self) -> tuple[Bucket, Bucket]:
+        """The same joints with their writers only, and with their readers only."""
+        plus = tuple(replace(joint, minus=()) for joint in self.joints)
+        return Bucket(plus), Bucket(tuple(replace(joint, plus=(), carried=()) for joint in self.joints))
 
     def _present(
         self, sources: Sequence[tuple[str, Mapping[str, Tensor]]]

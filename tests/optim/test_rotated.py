@@ -81,6 +81,7 @@ class Prototype:
 
 def made(model: nn.Module, symmetries: tf.Symmetries | None, **changes: Any) -> Rotated:
     options: dict[str, Any] = {"lr": LR, "table_lr": TABLE_LR, "weight_decay": WEIGHT_DECAY, "symmetries": symmetries}
+    options |= {"hidden": False, "nesterov": False}
     return Rotated(model.named_parameters(), **{**options, **changes})
 
 
@@ -188,9 +189,9 @@ def test_a_state_from_before_there_was_nesterov_steps_without(
 def test_hidden_blocks_are_the_heads_of_an_inner_side(
     gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], same: Callable[..., bool]
 ) -> None:
-    """hidden_block=5 cuts 12 into 3 blocks of 4, as sides would; memory, and a resume to the bit, with them."""
+    """hidden=5 cuts 12 into 3 blocks of 4, as sides would; memory, and a resume to the bit, with them."""
     other, resumed = copy.deepcopy(gpt), copy.deepcopy(gpt)
-    optimizer = made(gpt, symmetries, hidden=True, hidden_block=5)
+    optimizer = made(gpt, symmetries, hidden=5)
     rows = {line.split()[0]: line for line in optimizer.table().splitlines()}
     assert "hidden 3 x 4" in rows["blocks.*.mlp.up.weight"] and "stream 8" in rows["blocks.*.mlp.up.weight"]
     words = {"*.up.weight": ("heads:3", "stream"), "*.down.weight": ("stream", "heads:3")}
@@ -200,7 +201,7 @@ def test_hidden_blocks_are_the_heads_of_an_inner_side(
     assert same(gpt, other)
     whole = made(resumed, symmetries, hidden=True)
     assert whole.memory().bases - optimizer.memory().bases == 4 * 8 * (12 * 12 - 3 * 4 * 4)
-    second = made(resumed, symmetries, hidden=True, hidden_block=5)
+    second = made(resumed, symmetries, hidden=5)
     resumed.load_state_dict(gpt.state_dict())
     second.load_state_dict(optimizer.state_dict())
     assert optimizer.state[gpt.blocks[0].mlp.up.weight]["rows_basis"].shape == (3, 4, 4)
@@ -316,6 +317,8 @@ def test_a_bucket_of_equal_shapes_steps_like_each_matrix_alone(
             [(name, p)],
             lr=LR,
             weight_decay=WEIGHT_DECAY,
+            hidden=False,
+            nesterov=False,
             sides={name: _words(name)} if name.startswith("blocks") else None,
         )
         for name, p in other.named_parameters()

@@ -25,12 +25,12 @@ def written() -> list[str]:
 
 
 def variants(name: str, quick: bool = False) -> tuple[Task, ...]:
-    """A task's variants; "factorisation-k10" picks those whose own name begins so. ValueError for an unknown name."""
+    """A task's variants; "factorisation-k10" picks those whose name goes on from it. ValueError for an unknown name."""
     family = next((known for known in NAMES if name == known or name.startswith(f"{known}-")), None)
     if family is None or family not in written():
         raise ValueError(f"task must be one of {', '.join(written())}, got {name!r}; pass one of these names")
     every: tuple[Task, ...] = importlib.import_module(module_of(family)).variants(quick)
-    chosen = tuple(task for task in every if task.name.startswith(name))
+    chosen = tuple(task for task in every if f"{task.name}-".startswith(f"{name}-"))
     if not chosen:
         raise ValueError(f"task {family} has {', '.join(task.name for task in every)}, got {name!r}; pass one of these names")
     return chosen

@@ -10,7 +10,7 @@ from torch import nn
 from bench.convergence.network import Digits, Work
 
 WIDTHS = (64, 64, 64, 10)
-WORK, QUICK_WORK = Work(steps=400, batch=50, images=1400), Work(steps=12, batch=20, images=60)
+WORK, QUICK_WORK = Work(steps=200, batch=50, images=1400), Work(steps=12, batch=20, images=60)
 PEERS = ("muon", "soap", "shampoo", "sam", "schedule-free", "rotated")
 ARMS = (
     "adamw", "adamw+clip", "adamw+reset", "adamw+balance-once", "adamw+balance-every", "adamw+grad-norm", "adamw+grad-l1", *PEERS,
