@@ -7,7 +7,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -90,8 +89,12 @@ class Teleporter:
     @property
     def step_count(self) -> int:
         """Optimizer steps taken so far; kept in every one of `param_groups`, so that every checkpoint carries it."""
-        self._settle()
-        return max([group.get(self._counter, 0) for group in self.optimizer.param_groups], default=0)
+        if self._verdict is not None:
+            self._settle()
+        counter, most = self._counter, 0
+        for group in self.optimizer.param_groups:
+            most = max(most, group.get(counter, 0))
+        return most
 
     @step_count.setter
     def step_count(self, value: int) -> None:
@@ -165,26 +168,19 @@ class Teleporter:
         if has_no_rate(optimizer) and not any(bool(g.any()) for g in self.plan.gradients(optimizer).values()):
             return changed  # a checkpoint that initialises the optimizer's state steps like this: leave no trace
         self._counts_this_step = True
+        if not self._looked:
+            self._looked = bool(self.plan.gradients(optimizer))  # names a sparse one before the first teleport
+        step = Gradients(self.plan, optimizer)
         with torch.no_grad():
-            if not self._looked:
-                self._looked = bool(self.plan.gradients(optimizer))  # names a sparse one before the first teleport
-            self._prepare(optimizer)
+            fires = self.schedule.fires(StepInfo(self.step_count, optimizer, step.norm, self._last_record))
+        holding = bool(self._held) and self.frame == "return" and self.objective.holds
+        if fires or holding or self._watches:
+            self._move(optimizer, step, fires, holding)
         return changed
 
-    def _prepare(self, optimizer: Optimizer) -> None:
-        @cache
-        def everything() -> dict[str, Tensor]:
-            unscale_(optimizer)
-            return self.plan.gradients(optimizer)
-
-        @cache
-        def norm() -> float:
-            return float(_total_norm(everything()))
-
-        fires = self.schedule.fires(StepInfo(self.step_count, optimizer, norm, self._last_record))
-        holding = self.frame == "return" and self.objective.holds and bool(self._held)
-        if not (fires or holding or self._watches):
-            return
+    @torch.no_grad()
+    def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
+        everything, norm = step.everything, step.norm
         parameters = self.plan.parameters(optimizer)
         gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
@@ -333,7 +329,8 @@ class Teleporter:
             self._give_gradients_back(optimizer)
         elif self._counts_this_step:
             self.step_count += 1
-            self._come_back(optimizer)
+            if self._away:
+                self._come_back(optimizer)
             self._await_verdict(optimizer)
 
     def _await_verdict(self, optimizer: Optimizer) -> None:
@@ -359,8 +356,6 @@ class Teleporter:
     @torch.no_grad()
     def _come_back(self, optimizer: Optimizer) -> None:
         """Undo the moves of this step, the last one first; a basis that is held keeps the second moments made in it."""
-        if not self._away:
-            return
         parameters = self.plan.parameters(optimizer)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         back = [(i, bucket, element.inverse(bucket.group)) for i, bucket, element in reversed(self._away)]
@@ -389,7 +384,8 @@ class Teleporter:
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
-        self._come_back(optimizer)
+        if self._away:
+            self._come_back(optimizer)
         if self._put_aside:
             self._put_aside = []
             _skipping.discard(optimizer)
@@ -411,6 +407,30 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
     if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
         return (tensor,)
     return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
+
+
+class Gradients:
+    """All gradients of one step and their norm, unscaled and gathered when somebody asks."""
+
+    __slots__ = ("_everything", "_norm", "_optimizer", "_plan")
+
+    def __init__(self, plan: Plan, optimizer: Optimizer) -> None:
+        self._plan, self._optimizer = plan, optimizer
+        self._everything: dict[str, Tensor] | None = None
+        self._norm: float | None = None
+
+    def everything(self) -> dict[str, Tensor]:
+        if self._everything is None:
+            with torch.no_grad():
+                unscale_(self._optimizer)
+            self._everything = self._plan.gradients(self._optimizer)
+        return self._everything
+
+    def norm(self) -> float:
+        if self._norm is None:
+            with torch.no_grad():
+                self._norm = float(_total_norm(self.everything()))
+        return self._norm
 
 
 def clip_(gradients: Iterable[Tensor], measured: dict[str, Tensor], max_norm: float | None) -> None:
