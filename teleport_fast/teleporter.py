@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless, unscale_
+from teleport_fast.called import Verdict, found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
+from teleport_fast.gradients import Gradients, clip_, total_norm
+from teleport_fast.moving import move_all_
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
 from teleport_fast.record import Pending, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
-from teleport_fast.state import NORMALISED, forget_, state_sources
-from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE, Bucket, Element
+from teleport_fast.state import state_sources
+from teleport_fast.symmetry.bucket import Bucket, Element
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
-
-# entries whose norm is taken at once on a CPU
-PIECE = 16384
 
 # optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
 _skipping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -67,7 +66,7 @@ class Teleporter:
         self._watches = type(objective).observe is not Objective.observe
         self._looked = False
         self._tracked = Tracked(self.plan.buckets)
-        self._verdict: tuple[Tensor, Any] | None = None
+        self._verdict: Verdict | None = None
         self.step_count = self.step_count
         # compiled steps call them as they are: traced, a schedule's decision and the counter would be guards
         self._handles = [
@@ -204,7 +203,7 @@ class Teleporter:
             void = verdict > 0
             self._unless(void, lambda: self._observe(serving, gradients))
             if fires:
-                void = void | (_total_norm(everything()) == 0).to(void.device, non_blocking=True)
+                void = void | (total_norm(everything()) == 0).to(void.device, non_blocking=True)
                 self._unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
 
     def _observe(self, serving: list[tuple[int, Bucket]], gradients: dict[str, Tensor]) -> None:
@@ -287,39 +286,12 @@ class Teleporter:
         moves: list[tuple[int, Bucket, Element]],
         second_moments: str,
     ) -> None:
-        self._move_all(parameters, gradients, moves, second_moments)
+        move_all_(self.optimizer, self.plan, parameters, gradients, moves, second_moments)
         if self.frame == "return":
             self._away += moves
             return
         for _, bucket, element in moves:
             self._tracked.move_(bucket, element)
-
-    def _move_all(
-        self,
-        parameters: dict[str, Tensor],
-        gradients: dict[str, Tensor],
-        moves: list[tuple[int, Bucket, Element]],
-        second_moments: str,
-    ) -> None:
-        """Parameters, gradients, first moments in one pass per bucket; second moments as `second_moments` says."""
-        if not moves:
-            return
-        states = state_sources(self.optimizer, parameters)
-        for _, bucket, element in moves:
-            moving = [source for source in states if source[0] != NORMALISED]
-            carried = [(PARAMETER, buffers)] if (buffers := self.plan.buffers(bucket)) else []
-            bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
-            normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
-            if normalised:
-                signs = Element("diagonal", element.g.sign())
-                bucket.move_(signs if element.form == "diagonal" else element, normalised)
-            if element.form != "dense" or second_moments == "keep":
-                continue
-            if second_moments == "project":
-                bucket.move_(element.squared(), [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE])
-            else:
-                forget_(self.optimizer, [parameters[name] for name in bucket.parameters()])
-                states = state_sources(self.optimizer, parameters)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
@@ -331,26 +303,13 @@ class Teleporter:
             self.step_count += 1
             if self._away:
                 self._come_back(optimizer)
-            self._await_verdict(optimizer)
-
-    def _await_verdict(self, optimizer: Optimizer) -> None:
-        """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
-        found = found_inf(optimizer)
-        if found is None:
-            return
-        host, event = found.to("cpu", non_blocking=True), None
-        if found.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._verdict = host, event
+            found = found_inf(optimizer)
+            self._verdict = None if found is None else Verdict(found)
 
     def _settle(self) -> None:
-        if self._verdict is None:
-            return
-        (host, event), self._verdict = self._verdict, None
-        if event is not None:
-            event.synchronize()
-        if bool(host):
+        """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and verdict.is_void():
             self.step_count -= 1
 
     @torch.no_grad()
@@ -361,7 +320,8 @@ class Teleporter:
         back = [(i, bucket, element.inverse(bucket.group)) for i, bucket, element in reversed(self._away)]
         self._away = []
         with full_precision({parameter.device.type for parameter in parameters.values()}):
-            self._move_all(parameters, gradients, back, "keep" if self.objective.holds else self.second_moments)
+            policy = "keep" if self.objective.holds else self.second_moments
+            move_all_(optimizer, self.plan, parameters, gradients, back, policy)
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
@@ -394,49 +354,3 @@ class Teleporter:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
-
-
-def _total_norm(tensors: dict[str, Tensor]) -> Tensor:
-    """In float64, where finite float32 entries of 1e25 still have a finite norm."""
-    pieces = [piece for tensor in tensors.values() for piece in _pieces(tensor)]
-    return torch.stack(list(torch._foreach_norm(pieces, 2, torch.float64))).norm()
-
-
-def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """On a CPU torch widens a tensor before it takes the norm: blocks of rows, so that it never holds a wide embedding."""
-    if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
-        return (tensor,)
-    return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
-
-
-class Gradients:
-    """All gradients of one step and their norm, unscaled and gathered when somebody asks."""
-
-    __slots__ = ("_everything", "_norm", "_optimizer", "_plan")
-
-    def __init__(self, plan: Plan, optimizer: Optimizer) -> None:
-        self._plan, self._optimizer = plan, optimizer
-        self._everything: dict[str, Tensor] | None = None
-        self._norm: float | None = None
-
-    def everything(self) -> dict[str, Tensor]:
-        if self._everything is None:
-            with torch.no_grad():
-                unscale_(self._optimizer)
-            self._everything = self._plan.gradients(self._optimizer)
-        return self._everything
-
-    def norm(self) -> float:
-        if self._norm is None:
-            with torch.no_grad():
-                self._norm = float(_total_norm(self.everything()))
-        return self._norm
-
-
-def clip_(gradients: Iterable[Tensor], measured: dict[str, Tensor], max_norm: float | None) -> None:
-    """Scale gradients so that the norm of `measured` comes to `max_norm`, as torch.nn.utils.clip_grad_norm_; no read-back."""
-    if max_norm is None:
-        return
-    factor = (max_norm / (_total_norm(measured) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
