@@ -6,8 +6,7 @@ import math
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless, unscale_
+from teleport_fast.called import Verdict, found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
+from teleport_fast.gradients import Gradients, clip_, total_norm
+from teleport_fast.moving import move_all_
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
 from teleport_fast.record import Pending, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
-from teleport_fast.state import NORMALISED, forget_, state_sources
-from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE, Bucket, Element, Split
+from teleport_fast.state import state_sources
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
-
-# entries whose norm is taken at once on a CPU
-PIECE = 16384
 
 # optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
 _skipping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -68,7 +66,7 @@ class Teleporter:
         self._watches = type(objective).observe is not Objective.observe
         self._looked = False
         self._tracked = Tracked(self.plan.buckets)
-        self._verdict: tuple[Tensor, Any] | None = None
+        self._verdict: Verdict | None = None
         self.step_count = self.step_count
         # compiled steps call them as they are: traced, a schedule's decision and the counter would be guards
         self._handles = [
@@ -90,8 +88,12 @@ class Teleporter:
     @property
     def step_count(self) -> int:
         """Optimizer steps taken so far; kept in every one of `param_groups`, so that every checkpoint carries it."""
-        self._settle()
-        return max([group.get(self._counter, 0) for group in self.optimizer.param_groups], default=0)
+        if self._verdict is not None:
+            self._settle()
+        counter, most = self._counter, 0
+        for group in self.optimizer.param_groups:
+            most = max(most, group.get(counter, 0))
+        return most
 
     @step_count.setter
     def step_count(self, value: int) -> None:
@@ -165,26 +167,19 @@ class Teleporter:
         if has_no_rate(optimizer) and not any(bool(g.any()) for g in self.plan.gradients(optimizer).values()):
             return changed  # a checkpoint that initialises the optimizer's state steps like this: leave no trace
         self._counts_this_step = True
+        if not self._looked:
+            self._looked = bool(self.plan.gradients(optimizer))  # names a sparse one before the first teleport
+        step = Gradients(self.plan, optimizer)
         with torch.no_grad():
-            if not self._looked:
-                self._looked = bool(self.plan.gradients(optimizer))  # names a sparse one before the first teleport
-            self._prepare(optimizer)
+            fires = self.schedule.fires(StepInfo(self.step_count, optimizer, step.norm, self._last_record))
+        holding = bool(self._held) and self.frame == "return" and self.objective.holds
+        if fires or holding or self._watches:
+            self._move(optimizer, step, fires, holding)
         return changed
 
-    def _prepare(self, optimizer: Optimizer) -> None:
-        @cache
-        def everything() -> dict[str, Tensor]:
-            unscale_(optimizer)
-            return self.plan.gradients(optimizer)
-
-        @cache
-        def norm() -> float:
-            return float(_total_norm(everything()))
-
-        fires = self.schedule.fires(StepInfo(self.step_count, optimizer, norm, self._last_record))
-        holding = self.frame == "return" and self.objective.holds and bool(self._held)
-        if not (fires or holding or self._watches):
-            return
+    @torch.no_grad()
+    def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
+        everything, norm = step.everything, step.norm
         parameters = self.plan.parameters(optimizer)
         gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
@@ -208,7 +203,7 @@ class Teleporter:
             void = verdict > 0
             self._unless(void, lambda: self._observe(serving, gradients))
             if fires:
-                void = void | (_total_norm(everything()) == 0).to(void.device, non_blocking=True)
+                void = void | (total_norm(everything()) == 0).to(void.device, non_blocking=True)
                 self._unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
 
     def _observe(self, serving: list[tuple[int, Bucket]], gradients: dict[str, Tensor]) -> None:
@@ -287,38 +282,12 @@ class Teleporter:
         moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
     ) -> None:
-        self._move_all(parameters, gradients, moves, second_moments)
+        move_all_(self.optimizer, self.plan, parameters, gradients, moves, second_moments)
         if self.frame == "return":
             self._away += moves
             return
         for _, bucket, element in moves:
             self._tracked.move_(bucket, element)
-
-    def _move_all(
-        self,
-        parameters: dict[str, Tensor],
-        gradients: dict[str, Tensor],
-        moves: Sequence[tuple[int, Bucket, Element | Split]],
-        second_moments: str,
-    ) -> None:
-        """Parameters, gradients, first moments in one pass per bucket; second moments as `second_moments` says."""
-        if not moves:
-            return
-        states = state_sources(self.optimizer, parameters)
-        for _, bucket, element in moves:
-            moving = [source for source in states if source[0] != NORMALISED]
-            carried = [(PARAMETER, buffers)] if (buffers := self.plan.buffers(bucket)) else []
-            bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
-            normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
-            if normalised:
-                bucket.move_(element.signs(), normalised)
-            if element.form in ("diagonal", "permutation") or second_moments == "keep":
-                continue
-            if second_moments == "project" and isinstance(element, Element):
-                bucket.move_(element.squared(), [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE])
-            else:
-                forget_(self.optimizer, [parameters[name] for name in bucket.parameters()])
-                states = state_sources(self.optimizer, parameters)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
@@ -328,40 +297,27 @@ class Teleporter:
             self._give_gradients_back(optimizer)
         elif self._counts_this_step:
             self.step_count += 1
-            self._come_back(optimizer)
-            self._await_verdict(optimizer)
-
-    def _await_verdict(self, optimizer: Optimizer) -> None:
-        """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
-        found = found_inf(optimizer)
-        if found is None:
-            return
-        host, event = found.to("cpu", non_blocking=True), None
-        if found.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._verdict = host, event
+            if self._away:
+                self._come_back(optimizer)
+            found = found_inf(optimizer)
+            self._verdict = None if found is None else Verdict(found)
 
     def _settle(self) -> None:
-        if self._verdict is None:
-            return
-        (host, event), self._verdict = self._verdict, None
-        if event is not None:
-            event.synchronize()
-        if bool(host):
+        """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and verdict.is_void():
             self.step_count -= 1
 
     @torch.no_grad()
     def _come_back(self, optimizer: Optimizer) -> None:
         """Undo the moves of this step, the last one first; a basis that is held keeps the second moments made in it."""
-        if not self._away:
-            return
         parameters = self.plan.parameters(optimizer)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         back = [(i, bucket, element.inverse(bucket.group)) for i, bucket, element in reversed(self._away)]
         self._away = []
         with full_precision({parameter.device.type for parameter in parameters.values()}):
-            self._move_all(parameters, gradients, back, "keep" if self.objective.holds else self.second_moments)
+            policy = "keep" if self.objective.holds else self.second_moments
+            move_all_(optimizer, self.plan, parameters, gradients, back, policy)
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
@@ -384,7 +340,8 @@ class Teleporter:
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
-        self._come_back(optimizer)
+        if self._away:
+            self._come_back(optimizer)
         if self._put_aside:
             self._put_aside = []
             _skipping.discard(optimizer)
@@ -393,25 +350,3 @@ class Teleporter:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
-
-
-def _total_norm(tensors: dict[str, Tensor]) -> Tensor:
-    """In float64, where finite float32 entries of 1e25 still have a finite norm."""
-    pieces = [piece for tensor in tensors.values() for piece in _pieces(tensor)]
-    return torch.stack(list(torch._foreach_norm(pieces, 2, torch.float64))).norm()
-
-
-def _pieces(tensor: Tensor) -> Iterable[Tensor]:
-    """On a CPU torch widens a tensor before it takes the norm: blocks of rows, so that it never holds a wide embedding."""
-    if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
-        return (tensor,)
-    return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
-
-
-def clip_(gradients: Iterable[Tensor], measured: dict[str, Tensor], max_norm: float | None) -> None:
-    """Scale gradients so that the norm of `measured` comes to `max_norm`, as torch.nn.utils.clip_grad_norm_; no read-back."""
-    if max_norm is None:
-        return
-    factor = (max_norm / (_total_norm(measured) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))

@@ -1,7 +1,7 @@
 """Random sequences of what a training script does leave weights, state and counters as a straightforward model has them.
 
-`SEQUENCES=10000 pytest tests/test_random_sequences.py` runs as many, by five hundred; a few are in the suite. The model below
-is the mathematics and torch's documented update rules, one tensor at a time, with nothing of the library in it.
+`SEQUENCES=10000 pytest tests/test_random_sequences.py` runs as many, by five hundred; a few are in the suite. The model below is
+the mathematics and torch's documented update rules, one tensor at a time, with nothing of the library in it.
 """
 
 from __future__ import annotations

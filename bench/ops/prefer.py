@@ -151,12 +151,12 @@ def main() -> None:
         print(by["machine"])
         slower = losses(benches(options.ops), options.rounds)
         sys.exit("\n".join(slower) if slower else 0)
-    table = json.loads(TABLE.read_text())
     for module in benches(options.ops):
         rows = {"measured": by, **tables_of(module, options.backends, options.rounds)}
-        table["ops"].setdefault(module.OP, {})[isa] = rows
         # An op at a time: a run that is stopped keeps what it has measured.
         if options.write:
+            table = json.loads(TABLE.read_text())
+            table["ops"].setdefault(module.OP, {})[isa] = rows
             TABLE.write_text(as_text(table) + "\n")
         else:
             print(json.dumps(rows, indent=1))

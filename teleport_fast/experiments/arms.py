@@ -129,8 +129,9 @@ def arm_named(name: str, base: str = "adamw", **changes: Any) -> Arm:
 def settable(arm: Arm) -> list[str]:
     """The settings that may follow this arm's name.
 
-    >>> settable(arm_named("rotations"))
-    ['beta2', 'decay', 'direction', 'every', 'iterations', 'momentum', 'normalise', 'radius', 'second_moments', 'takes']
+    >>> settable(arm_named("rotations"))  # doctest: +NORMALIZE_WHITESPACE
+    ['beta2', 'decay', 'direction', 'every', 'iterations', 'momentum', 'normalise', 'parts', 'radius',
+     'second_moments', 'takes']
     """
     if arm.objective is not None:
         known = inspect.signature(MAKERS[arm.objective]).parameters

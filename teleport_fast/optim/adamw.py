@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.gradients import clip_
 from teleport_fast.objectives import Objective
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
@@ -18,7 +19,7 @@ from teleport_fast.schedule import Schedule
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.symmetry.view import View
-from teleport_fast.teleporter import Teleporter, TeleportRecord, clip_
+from teleport_fast.teleporter import Teleporter, TeleportRecord
 
 Numbers = tuple[int, float, tuple[float, float], float, float]
 

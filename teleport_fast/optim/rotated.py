@@ -14,7 +14,7 @@ from teleport_fast.called import full_precision
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
 from teleport_fast.optim.plain_adamw import plain_adamw_
-from teleport_fast.optim.refresh import AXES, Refresh, view_of
+from teleport_fast.optim.refresh import AXES, Refresh, count_up_, view_of
 from teleport_fast.optim.sides import Known, Rules
 from teleport_fast.optim.table import Line, Memory, memory_of, render
 from teleport_fast.optim.turned_step import BASES, step_bucket_
@@ -189,6 +189,7 @@ class Rotated(Optimizer):
 
     def _step_turned(self, places: list[Place]) -> None:
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, int, int, list[Tensor | None]]]] = {}
+        count_up_([self.state[self.param_groups[g]["params"][i]]["step"] for g, i in places])
         for g, i in places:
             group, parameter, sides = (
                 self.param_groups[g],
@@ -197,7 +198,6 @@ class Rotated(Optimizer):
             )
             assert sides is not None
             state = self.state[parameter]
-            state["step"] += 1
             bases = [self._refresh.basis(self.param_groups, self.state, self._assigned.owner(g, i, a)) for a in (0, 1)]
             # the side with more heads goes to the left, which takes them in one view
             left = 1 if sides[1].heads > sides[0].heads else 0

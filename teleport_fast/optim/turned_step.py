@@ -69,8 +69,8 @@ def step_bucket_(
     blocks = len(right[0]) if right else 1
     if base in FUSED and match_rms is None and (blocks == 1 or base != "row_norm"):
 
-        def columns(tensors: Sequence[Tensor]) -> list[Tensor]:
-            return [part for tensor in tensors for part in tensor.chunk(blocks, -1)]
+        def columns(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+            return tensors if blocks == 1 else [part for tensor in tensors for part in tensor.chunk(blocks, -1)]
 
         rotate_step_(
             columns(parameters),

@@ -176,6 +176,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "joint": {"normalise": "joint"},
     "none": {"normalise": "none"},
     "turns": {"takes": "turns"},
+    "parts": {"parts": 3},
     "iterations": {"iterations": 4},
     "reset": {"second_moments": "reset"},
     "project": {"second_moments": "project"},
@@ -210,6 +211,31 @@ def test_taken_at_turns_alone_the_covariance_is_that_of_the_turns_gradients(tria
         expected.observe(index, bucket, gradients)
         q = bucket.group.turn_to_eigenbasis(expected.covariances[index])
         torch.testing.assert_close(objective.covariances[index], q.mT @ expected.covariances[index] @ q)
+
+
+def test_parts_of_the_columns_are_taken_in_turns_and_a_resumed_run_goes_on_with_the_next(
+    trial_of: Callable[..., Any],
+) -> None:
+    trial = trial_of("fused-qkv-bias")
+    trial.backward(0)
+    gradients = trial.gradients()
+    bucket = next(b for b in tf.attach(trial.sgd(), trial.symmetries, "eigenbasis").plan.buckets if b.width == 16)
+    views = [view.of(gradients[view.parameter]).flatten(2)[0] for view in bucket.joints[0].views() if view.counts]
+    objective, expected = objectives.Eigenbasis(decay=0.5, parts=3), torch.zeros(16, 16, dtype=torch.float64)
+    for part in (0, 1, 2, 0):
+        objective.observe(0, bucket, gradients)
+        resumed = objectives.Eigenbasis(decay=0.5, parts=3)
+        resumed.load_state_dict(objective.state_dict())
+        objective = resumed
+        expected *= 0.5
+        for rows in views:
+            some = rows[:, rows.shape[1] * part // 3 : rows.shape[1] * (part + 1) // 3]
+            expected += 0.5 * some @ some.T / some.square().sum()
+        torch.testing.assert_close(objective.covariances[0][0], expected)
+    whole = objectives.Eigenbasis(decay=0.5)
+    for _ in range(4):
+        whole.observe(0, bucket, gradients)
+    assert float((whole.covariances[0][0] - expected).norm() / expected.norm()) > 1e-2
 
 
 def test_iterations_in_one_turn_are_as_many_turns(trial_of: Callable[..., Any]) -> None:
@@ -254,6 +280,7 @@ def test_directions_that_no_gradient_has_seen_stay() -> None:
         ({"normalise": "all"}, "normalise must be one of tensor, joint, none, got 'all'; 'tensor'"),
         ({"takes": "none"}, "takes must be one of steps, turns, got 'none'; 'steps'"),
         ({"iterations": 0}, "iterations must be an integer of at least 1, got 0; 1"),
+        ({"parts": 1.5}, "parts must be an integer of at least 1, got 1.5; 1"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
