@@ -31,6 +31,7 @@ STABLE_TORCH_LIBRARY(teleport_fast_cpp, m) {
   m.def("gram_difference(Tensor[] plus, Tensor[] minus, int joints) -> (Tensor, Tensor)");
   m.def("group_action_(Tensor(a!)[] plus, Tensor(b!)[] minus, Tensor g, Tensor g_inverse_t, int joints) -> ()");
   m.def("covariance_(Tensor(a!) covariance, Tensor[] tensors, float decay, int joints) -> ()");
+  m.def("orthogonal_iteration_(Tensor(a!)[] bases, Tensor[] covariances, Tensor(b!) turns) -> ()");
   m.def("matrix_exp(Tensor M) -> Tensor");
   m.def("matrix_exp_pair(Tensor M) -> (Tensor, Tensor)");
   m.def("grad_norm_objective(Tensor[] plus, Tensor[] minus, Tensor g, int joints) -> Tensor");
@@ -45,7 +46,8 @@ STABLE_TORCH_LIBRARY(teleport_fast_cpp, m) {
       "int joints) -> ()");
   m.def(
       "rotate_step_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
-      "Tensor[] left, Tensor[] right, int base, float step, float lr, float beta1, float beta2, float eps, float weight_decay) -> ()");
+      "Tensor[] left, Tensor[] right, int base, float step, float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool nesterov) -> ()");
   m.def(
       "data_dependent_steps_(Tensor(a!) Z0, Tensor(b!)[] tail, Tensor gram, Tensor target, Tensor(c!) lead, Tensor(d!)[] Ts, "
       "Tensor(e!) outputs, Tensor(f!) trace, float slope, float scale, float cap, float gram_limit, float square_limit) -> ()");
@@ -70,5 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(teleport_fast_cpp, CPU, m) {
   m.impl("teleport_adamw_", TORCH_BOX(&teleport_fast::teleport_adamw_));
   m.impl("rotate_step_", TORCH_BOX(&teleport_fast::rotate_step_));
   // Without an implementation of cpp's the op's other ones are chosen.
-  if (teleport_fast::blas_present()) m.impl("data_dependent_steps_", TORCH_BOX(&teleport_fast::data_dependent_steps_));
+  if (teleport_fast::blas_present()) {
+    m.impl("data_dependent_steps_", TORCH_BOX(&teleport_fast::data_dependent_steps_));
+    m.impl("orthogonal_iteration_", TORCH_BOX(&teleport_fast::orthogonal_iteration_));
+  }
 }

@@ -34,10 +34,13 @@ void rotate_step_(
     std::vector<torch::stable::Tensor> parameters, std::vector<torch::stable::Tensor> gradients,
     std::vector<torch::stable::Tensor> first_moments, std::vector<torch::stable::Tensor> second_moments,
     std::vector<torch::stable::Tensor> left, std::vector<torch::stable::Tensor> right, int64_t base, double step, double lr, double beta1,
-    double beta2, double eps, double weight_decay);
+    double beta2, double eps, double weight_decay, bool nesterov);
 
 void covariance_(
     torch::stable::Tensor covariance, std::vector<torch::stable::Tensor> tensors, double decay, int64_t joints);
+
+void orthogonal_iteration_(
+    std::vector<torch::stable::Tensor> bases, std::vector<torch::stable::Tensor> covariances, torch::stable::Tensor turns);
 
 torch::stable::Tensor matrix_exp(torch::stable::Tensor matrices);
 

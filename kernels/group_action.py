@@ -2,8 +2,8 @@
 
 Computes one h × h product per column. Moves every entry once in and once out and no copy of it; g is read once per
 program, 4% of the traffic at most, so a program stays on one head for as many columns as that takes. From h = 65 in
-float32 and float64 the matrix does not fit beside the tile and is read again, from cache, for every tile: 3 times the
-traffic at h = 128.
+float32 and float64 the matrix does not fit beside the tile and is read again, from cache, for every tile: twice the
+traffic at h = 128 in float32, 3 times in float64 (tiles of 128 columns would make it 1.5 times, and spill 1,100 bytes).
 Launch: one program per (view, head, run of column tiles) overwrites tile after tile; a tile holds all h rows of its
 columns, so nothing that is still to be read is ever overwritten. h ≤ 128; wider h goes to BLAS (gather, product,
 scatter), which wins where the product outweighs the copies.
@@ -38,12 +38,12 @@ from teleport_fast.kernels.views import (
     tile,
 )
 
-# Columns of a tile and warps, by bytes of an entry and padded width. Chosen so that nothing spills on any target
+# Columns of a tile, warps and pipeline stages, by bytes of an entry and padded width. Chosen so that nothing spills on any target
 # (bench/resources.md); speed unmeasured, no GPU was at hand.
 TUNED = {
-    2: {16: (128, 4), 32: (128, 4), 64: (64, 4), 128: (32, 8)},
-    4: {16: (128, 4), 32: (64, 4), 64: (32, 8), 128: (32, 8)},
-    8: {16: (64, 4), 32: (32, 4), 64: (32, 8), 128: (32, 8)},
+    2: {16: (128, 4, 3), 32: (128, 4, 3), 64: (64, 4, 3), 128: (32, 8, 3)},
+    4: {16: (128, 4, 3), 32: (64, 4, 3), 64: (32, 8, 3), 128: (64, 8, 1)},
+    8: {16: (64, 4, 3), 32: (32, 4, 3), 64: (32, 8, 3), 128: (32, 8, 3)},
 }
 WIDEST = 128
 # Share of the traffic that reading g may have, and programs to aim at: unmeasured.
@@ -167,7 +167,7 @@ def _launch(
     work: list[tuple[Tensor, Tensor]], h: int, dtype: torch.dtype, matrix_dtype: torch.dtype, device: torch.device
 ) -> None:
     width = padded(h)
-    columns, warps = TUNED[dtype.itemsize][width]
+    columns, warps, stages = TUNED[dtype.itemsize][width]
     rows = [describe(t, matrix.data_ptr(), *matrix.stride()) for t, matrix in work]
     steps = [row[3] * -(-row[4] // columns) for row in rows]
     fewest = int(h * matrix_dtype.itemsize / (2 * dtype.itemsize * columns * MATRIX_SHARE)) + 1
@@ -177,7 +177,7 @@ def _launch(
     aligned = all(row[9] in (ALIGNED_COLUMNS.value, ALIGNED_ROWS.value) for row in rows)
     types = TRITON_TYPES[dtype], TRITON_TYPES[matrix_dtype], TRITON_TYPES[accumulator(dtype)]
     with launches_on(device):
-        action_kernel[(grid,)](views, table, tiles, *types, aligned, width, columns, num_warps=warps)
+        action_kernel[(grid,)](views, table, tiles, *types, aligned, width, columns, num_warps=warps, num_stages=stages)
 
 
 def shipped() -> Iterator[Configuration]:
@@ -185,10 +185,10 @@ def shipped() -> Iterator[Configuration]:
     for dtype, name in TYPE_NAMES.items():
         acc = TRITON_TYPES[accumulator(dtype)]
         types = {"views": "*i64", "programs": "*i64", "tiles": "i32"}
-        for width, (columns, warps) in TUNED[dtype.itemsize].items():
+        for width, (columns, warps, stages) in TUNED[dtype.itemsize].items():
             for aligned in (True, False):
                 constants = {"DTYPE": TRITON_TYPES[dtype], "MATRIX": acc, "ACC": acc, "ALIGNED": aligned}
                 yield Configuration(
                     f"group_action_ {name} h≤{width}{'' if aligned else ' unaligned'}", action_kernel,
-                    types, constants | {"H": width, "K": columns}, warps,
+                    types, constants | {"H": width, "K": columns}, warps, stages,
                 )  # fmt: skip

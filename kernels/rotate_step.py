@@ -58,11 +58,12 @@ ADAM, ROW_NORM = 0, 2
 def _map(turned, m, v, numbers, ACC: tl.constexpr, BASE: tl.constexpr):
     """(U, m, v) once the moments have taken up the turned gradient."""
     m = m * _number(numbers + 3, ACC) + _number(numbers + 4, ACC) * turned
+    u = m * _number(numbers + 8, ACC) + _number(numbers + 9, ACC) * turned
     if BASE == 0:
         v = v * _number(numbers + 5, ACC) + _number(numbers + 6, ACC) * turned * turned
-        u = m / (tl.sqrt(v) / _number(numbers + 7, ACC) + _number(numbers + 2, ACC))
+        u = u / (tl.sqrt(v) / _number(numbers + 7, ACC) + _number(numbers + 2, ACC))
     else:
-        u = (m > 0).to(ACC) - (m < 0).to(ACC)
+        u = (u > 0).to(ACC) - (u < 0).to(ACC)
     return u, m, v
 
 
@@ -195,13 +196,15 @@ def rotate_step_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> None:
     """Step a bucket in its bases and back, in place on parameters and moments; see `ops.rotate_step`."""
     if not parameters or not parameters[0].numel():
         return
     adam = base == ADAM
-    rate = lr / (1 - beta1**step) if adam else lr
-    values = (1 - lr * weight_decay, rate, eps, beta1, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5)
+    rate = lr / (1 - beta1 ** (step + nesterov)) if adam else lr
+    ahead = (beta1, 1 - beta1) if nesterov else (1.0, 0.0)
+    values = (1 - lr * weight_decay, rate, eps, beta1, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** 0.5, *ahead)
     entries = list(zip(parameters, gradients, first_moments, second_moments if adam else first_moments, strict=True))
     whole = [_one_sided(entry, bool(right)) for entry in entries] if bool(left) != bool(right) else [None]
     if base == ROW_NORM or None in whole or (left or right)[0].shape[-1] > max(TUNED[parameters[0].dtype.itemsize]):
@@ -262,7 +265,7 @@ def _launch(
 def _apart(entries: Sequence[Sequence[Tensor]], left: Sequence[Tensor], right: Sequence[Tensor], base: int,
            values: Sequence[float]) -> None:  # fmt: skip
     """Torch's products, and one launch for the pointwise part between them."""
-    keep, rate, eps, _, rest1, *_ = values
+    keep, rate, eps, _, rest1, *_, old, fresh = values
     acc = accumulator(entries[0][0].dtype)
     turned = []
     for i, (_, g, m, _) in enumerate(entries):
@@ -273,6 +276,7 @@ def _apart(entries: Sequence[Sequence[Tensor]], left: Sequence[Tensor], right: S
         if base == ROW_NORM:
             moment = m.flatten(2).to(acc).lerp(x, rest1)
             m.copy_(moment.view(m.shape))
+            moment = moment * old + x * fresh
             x = moment / (moment.square().mean(-1, keepdim=True).sqrt() + eps)
         turned.append(x.view(g.shape))
     if base != ROW_NORM:

@@ -69,7 +69,8 @@ def train(
         str | None,
         typer.Option(
             help="All arms by name, separated by commas, the baseline first; they replace --objective. "
-            "Besides bases and objectives: rotated, rotated-hidden, muon."
+            "Besides bases and objectives: rotated, rotated-hidden, muon. Settings follow a name after colons: "
+            "rotations:every=1:decay=0.8, rotated:stream=site; an unknown one names all that there are."
         ),
     ] = None,
     control: Annotated[bool, typer.Option(help="Add random rotations, on the first seed.")] = True,
@@ -132,7 +133,7 @@ def train(
     model = gpt_config(mlp, norm, positions, context, d_model, layers, heads, kv_heads, gains, bias, fused_qkv, tied)
     setting = Setting(model, steps, batch, dtype, table_lr, validate_every)
     own_size = (setting == SETTING) and seeds is None and arms is None
-    if objective not in (*OBJECTIVES, "eigenbasis"):
+    if objective.partition(":")[0] not in (*OBJECTIVES, "eigenbasis"):
         raise ValueError(
             f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}; pass one of these names"
         )
@@ -141,7 +142,7 @@ def train(
         names = [name.strip() for name in arms.split(",")]
     changes: dict[str, Any] = {"every": every, "radius": radius, "direction": direction}
     # The random control keeps its own period: it answers whether any turning helps, not how often.
-    chosen = [arm_named(name, base, momentum=momentum, **({} if name == "random" else changes)) for name in names]
+    chosen = [arm_named(name, base, momentum=momentum, **({} if name.startswith("random") else changes)) for name in names]
     request = Request(
         arms=tuple(chosen),
         seeds=numbers("seeds", seeds, int) if seeds else ((100, 101) if sweep else (0, 1)),

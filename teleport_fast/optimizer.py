@@ -6,9 +6,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch.optim import Optimizer
 
+from teleport_fast.bases import check_base
 from teleport_fast.objectives import Objective, make_objective
 from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
@@ -32,10 +32,12 @@ def attach(
     second_moments: str = "keep",
     on_teleport: Callable[[TeleportRecord], object] | None = None,
     seed: int = 0,
+    max_norm: float | None = None,
 ) -> Teleporter:
     """Teleport the optimizer's parameters before the steps at which `schedule` fires; returns the Teleporter.
 
-    optimizer: torch's SGD, Adam, AdamW, Adagrad or RMSprop (any whose state has their names), called with gradients.
+    optimizer: torch's SGD, Adam, AdamW, Adagrad, RMSprop or Muon, schedulefree's (any whose state has their names), called with
+    gradients.
     objective: "eigenbasis" (rotations), "random" (rotations, the control), "grad_norm", "grad_l1", "balance", "ratio" (one
     scale per joint), "scaled" (P from the weights, frame "return"), or an Objective. schedule: when; Every(100) by
     default, once for "ratio", at every step for "scaled". radius: how far each factor of the group may go, 0.5 where the
@@ -43,9 +45,12 @@ def attach(
     default. frame: "stay" keeps g·w, "return" comes back with g⁻¹ after the step. second_moments: what happens to them
     under a dense g, "keep", "reset" (the whole state of the moved parameters starts anew) or "project" (v → (g∘g) v);
     diagonals and permutations carry them exactly. on_teleport: called with each TeleportRecord. seed: for random moves.
+    max_norm: after a teleport, which may raise it, the norm of all gradients is clipped to this; clip what comes from backward
+    before the step, as ever.
     A step that would teleport on a non-finite gradient is skipped whole, with a warning that names the parameter.
     Errors: ValueError for an unknown objective, direction, frame or policy, a radius that is not positive, a joint
-    whose parameter is not in the optimizer or does not fit; TypeError for what is no Optimizer, or is LBFGS.
+    whose parameter is not in the optimizer or does not fit; TypeError for what is no Optimizer, has no step hooks, evaluates its
+    closure again (LBFGS), keeps weights of its own, or turns its own bases.
     Source: [NeurIPS22] algorithm 1, [ICLR24] section 3, math.md section 5; tests/test_optimizer.py.
 
     >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
@@ -66,6 +71,7 @@ def attach(
         second_moments,
         on_teleport,
         seed,
+        max_norm,
     )
 
 
@@ -81,12 +87,10 @@ def attach_as(
     second_moments: str = "keep",
     on_teleport: Callable[[TeleportRecord], object] | None = None,
     seed: int = 0,
+    max_norm: float | None = None,
 ) -> Engine:
     """`attach` with an engine of another class than Teleporter."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}; pass AdamW(...)")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("LBFGS evaluates its closure several times a step and cannot be teleported; use SGD or AdamW")
+    check_base(optimizer)
     if not isinstance(symmetries, Symmetries):
         raise TypeError(
             f"symmetries must be a Symmetries, got {type(symmetries).__name__}; "
@@ -123,11 +127,23 @@ def attach_as(
         raise TypeError(f"on_teleport must be callable or None, got {on_teleport!r}; pass a function of the record")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an integer, got {seed!r}; 0 is the default")
+    if max_norm is not None and (isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0):
+        raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}; 1.0 is usual")
     live = _attached.setdefault(optimizer, weakref.WeakSet())
     taken = {teleporter._counter for teleporter in live if teleporter._handles}
     counter = next(key for i in range(len(taken) + 1) if (key := f"teleport_step{i or ''}") not in taken)
     teleporter = engine(
-        optimizer, symmetries, chosen, schedule, radius, frame, direction == "descend", second_moments, counter, seed
+        optimizer,
+        symmetries,
+        chosen,
+        schedule,
+        radius,
+        frame,
+        direction == "descend",
+        second_moments,
+        counter,
+        seed,
+        max_norm,
     )
     if on_teleport is not None:
         teleporter.after_move.append(on_teleport)

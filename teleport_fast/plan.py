@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,9 +16,11 @@ from teleport_fast.symmetry.symmetries import Symmetries
 
 
 class Plan:
-    """Holds names and positions, never tensors: parameters are looked up in `optimizer.param_groups` at every step, buffers on
-    the model.
+    """Holds names and places, never tensors: parameters are looked up in `optimizer.param_groups`, buffers on the model.
 
+    A place is good as long as the same parameter stands there. Where groups were removed or reordered, a parameter is found
+    again by identity; where it was replaced (by a wrapper that shards), by its name, or at its place if it is new there and
+    of the same shape. Joints of a parameter that left the optimizer wait until it is back.
     Errors: ValueError if no joint serves the objective, a joint names a parameter that the optimizer does not have, or
     a joint's tensors do not fit their views.
     """
@@ -40,7 +45,9 @@ class Plan:
                         f"give it to the optimizer, or leave the joint out with symmetries.select(...)"
                     )
                 self.slots[name] = positions[name]
+        self._wanted = tuple(self.slots)
         self._names = {position: name for name, position in positions.items()}
+        self._remember(optimizer)
         parameters = self.parameters(optimizer)
         for joint in joints:
             joint.check_shapes({**symmetries.buffers(joint.buffers()), **parameters})
@@ -50,9 +57,72 @@ class Plan:
         self.buckets: list[Bucket] = [bucket for alike in on_device.values() for bucket in buckets(alike)]
         self._buffers = symmetries.buffers
 
+    def _remember(self, optimizer: Optimizer) -> None:
+        """Who stands where: the joints' parameters by name, and all of them by id."""
+        groups = optimizer.param_groups
+        self._live: dict[str, weakref.ref[Tensor]] = {
+            name: weakref.ref(groups[g]["params"][i]) for name, (g, i) in self.slots.items()
+        }
+        self._seen: dict[int, weakref.ref[Tensor]] = {
+            id(parameter): weakref.ref(parameter) for group in groups for parameter in group["params"]
+        }
+
+    def _stale(self, optimizer: Optimizer) -> bool:
+        groups = optimizer.param_groups
+        try:
+            return len(self.slots) < len(self._wanted) or any(
+                groups[g]["params"][i] is not self._live[name]() for name, (g, i) in self.slots.items()
+            )
+        except IndexError:
+            return True
+
+    def _locate(self, optimizer: Optimizer) -> None:
+        by_id, by_name = _places(optimizer)
+        found: dict[str, tuple[int, int]] = {}
+        for name in self._wanted:
+            before = self._live[name]() if name in self._live else None
+            if before is not None and id(before) in by_id:
+                found[name] = by_id[id(before)]
+            elif name in by_name:
+                found[name] = by_name[name]
+            elif name in self.slots and self._is_replaced(optimizer, self.slots[name], before):
+                found[name] = self.slots[name]
+        gone = {name: reference for name, reference in self._live.items() if name not in found}
+        self._names = {place: name for name, place in (*by_name.items(), *found.items())}
+        self.slots = found
+        self._remember(optimizer)
+        self._live |= gone
+
+    def _is_replaced(self, optimizer: Optimizer, place: tuple[int, int], before: Tensor | None) -> bool:
+        """Whether a parameter that was in no group before stands where this one stood."""
+        try:
+            now = optimizer.param_groups[place[0]]["params"][place[1]]
+        except IndexError:
+            return False
+        known = self._seen.get(id(now))
+        return (known is None or known() is not now) and (before is None or before.shape == now.shape)
+
     def parameters(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """The joints' parameters that are in the optimizer now, by name."""
+        if self._stale(optimizer):
+            self._locate(optimizer)
         groups = optimizer.param_groups
         return {name: groups[group]["params"][index] for name, (group, index) in self.slots.items()}
+
+    def first_gradient(self, optimizer: Optimizer) -> Tensor | None:
+        """A gradient of one of the joints' parameters, or None where none has any."""
+        for reference in self._live.values():
+            parameter = reference()
+            if parameter is not None and parameter.grad is not None:
+                return parameter.grad
+        return next((p.grad for p in self.parameters(optimizer).values() if p.grad is not None), None)
+
+    def missing(self, parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> str:
+        """Why not all joints serve in this step."""
+        name = next(name for name in self._wanted if name not in gradients)
+        if name in parameters:
+            return f"parameter {name!r} has no gradient: joints that need it are not teleported"
+        return f"parameter {name!r} is no longer in the optimizer: joints that need it are not teleported"
 
     def buffers(self, bucket: Bucket) -> dict[str, Tensor]:
         """The buffers that the bucket's joints carry along, looked up on the model."""
@@ -60,6 +130,8 @@ class Plan:
 
     def gradients(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """The gradients of all parameters, those of the joints under the names that the plan has for them."""
+        if self._stale(optimizer):
+            self._locate(optimizer)
         found: dict[str, Tensor] = {}
         for g, group in enumerate(optimizer.param_groups):
             for i, parameter in enumerate(group["params"]):
@@ -81,15 +153,24 @@ class Plan:
         """Numbered buckets whose parameters are all in `names` (those that have a gradient)."""
         return [(i, bucket) for i, bucket in enumerate(self.buckets) if names.issuperset(bucket.parameters())]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": {}, "_seen": {}}
 
-def _positions(optimizer: Optimizer, symmetries: Symmetries) -> dict[str, tuple[int, int]]:
-    named: dict[str, tuple[int, int]] = {}
+
+def _places(optimizer: Optimizer) -> tuple[dict[int, tuple[int, int]], dict[str, tuple[int, int]]]:
+    """Where each parameter stands, by id, and by its name in the groups that have names."""
     by_id: dict[int, tuple[int, int]] = {}
+    by_name: dict[str, tuple[int, int]] = {}
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
             by_id[id(parameter)] = (g, i)
             if "param_names" in group:
-                named[group["param_names"][i]] = (g, i)
+                by_name[group["param_names"][i]] = (g, i)
+    return by_id, by_name
+
+
+def _positions(optimizer: Optimizer, symmetries: Symmetries) -> dict[str, tuple[int, int]]:
+    by_id, named = _places(optimizer)
     for joint in symmetries:
         for name in joint.parameters():
             parameter = symmetries.parameter(name)

@@ -29,6 +29,11 @@ class Pending:
     radius: Tensor
     seconds: float
     joints: int
+    skipped: Tensor | None = None
+
+    def void(self) -> bool:
+        """Whether the step was skipped on the device, and the move with it."""
+        return self.skipped is not None and bool(self.skipped)
 
     def read(self) -> TeleportRecord:
         before, after, radius = float(self.before), float(self.after), float(self.radius)

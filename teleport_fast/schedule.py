@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from teleport_fast.record import TeleportRecord
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepInfo:
     """What a condition may look at: the number of steps taken so far, the optimizer, on demand the gradient norm and the last record."""
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from teleport_fast.symmetry.bucket import COVECTOR, SQUARE
+from teleport_fast.bases import is_schedulefree
+from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE
 
 # RMSprop's momentum averages G/√v: of a diagonal only the signs are left in it, other elements move it as a gradient.
 NORMALISED = "normalised"
@@ -33,7 +34,7 @@ def state_sources(optimizer: Optimizer, parameters: dict[str, Tensor]) -> list[t
     Errors: ValueError for a tensor of more than one entry whose key is unknown: moving the parameter without it would
     corrupt the optimizer.
     """
-    roles = {**ROLES, "momentum_buffer": NORMALISED} if isinstance(optimizer, torch.optim.RMSprop) else ROLES
+    roles = _roles(optimizer)
     found: dict[str, dict[str, Tensor]] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -44,10 +45,19 @@ def state_sources(optimizer: Optimizer, parameters: dict[str, Tensor]) -> list[t
                 if tensor.numel() > 1 or key in roles:
                     raise ValueError(
                         f"optimizer state {key!r} of {name!r}, shape {tuple(tensor.shape)}, has no known "
-                        f"transformation; teleportation supports the state of SGD, Adam, AdamW, Adagrad and RMSprop: "
+                        f"transformation; teleportation supports the state of SGD, Adam, AdamW, Adagrad, RMSprop "
+                        f"and Muon: "
                         f"{', '.join(ROLES)}"
                     )
     return [(roles[key], tensors) for key, tensors in found.items()]
+
+
+def _roles(optimizer: Optimizer) -> dict[str, str]:
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return {**ROLES, "momentum_buffer": NORMALISED}
+    if is_schedulefree(optimizer):
+        return {**ROLES, "z": PARAMETER}  # averages of z and the weights move as both do
+    return ROLES
 
 
 def forget_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:

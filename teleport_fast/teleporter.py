@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from teleport_fast.called import Verdict, found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
+from teleport_fast.gradients import Gradients, clip_, total_norm
+from teleport_fast.moving import move_all_
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
 from teleport_fast.record import Pending, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
-from teleport_fast.state import NORMALISED, forget_, state_sources
-from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE, Bucket, Element, Split
+from teleport_fast.state import state_sources
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
+from teleport_fast.tracked import Tracked
 
 # optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
 _skipping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -42,11 +45,13 @@ class Teleporter:
         second_moments: str,
         counter: str,
         seed: int,
+        max_norm: float | None = None,
     ) -> None:
         # the optimizer's hooks hold the teleporter: a strong reference back would keep the model until the next gc
         self._optimizer = weakref.ref(optimizer)
         self.symmetries, self.objective, self.schedule = symmetries, objective, schedule
         self.radius, self.frame, self.descend, self.second_moments = radius, frame, descend, second_moments
+        self.max_norm = max_norm
         self.plan = Plan(symmetries, optimizer, objective)
         self.before_move: list[Callable[[Teleporter], object]] = []
         self.after_move: list[Callable[[TeleportRecord], object]] = []
@@ -58,10 +63,16 @@ class Teleporter:
         self._counts_this_step = False
         self._depth = 0
         self._warned: set[str] = set()
-        self.step_count = int(optimizer.param_groups[0].get(counter, 0))
+        self._watches = type(objective).observe is not Objective.observe
+        self._looked = False
+        self._tracked = Tracked(self.plan.buckets)
+        self._verdict: Verdict | None = None
+        self.step_count = self.step_count
+        # compiled steps call them as they are: traced, a schedule's decision and the counter would be guards
         self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
+            optimizer.register_state_dict_pre_hook(lambda _: self._settle()),
         ]
         # last in, first out: of two teleporters the inner comes back first, and other hooks see weights that are back
         optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
@@ -76,27 +87,45 @@ class Teleporter:
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps taken so far; kept in `param_groups`, so that every checkpoint carries it."""
-        return int(self.optimizer.param_groups[0].get(self._counter, 0))
+        """Optimizer steps taken so far; kept in every one of `param_groups`, so that every checkpoint carries it."""
+        if self._verdict is not None:
+            self._settle()
+        counter, most = self._counter, 0
+        for group in self.optimizer.param_groups:
+            most = max(most, group.get(counter, 0))
+        return most
 
     @step_count.setter
     def step_count(self, value: int) -> None:
-        self.optimizer.param_groups[0][self._counter] = value
+        for group in self.optimizer.param_groups:
+            group[self._counter] = value
 
     @property
     def history(self) -> list[TeleportRecord]:
         """One record per teleport, oldest first."""
-        return [pending.read() for pending in self._history]
+        return [pending.read() for pending in self._history if not pending.void()]
 
     def _last_record(self) -> TeleportRecord | None:
-        return self._history[-1].read() if self._history else None
+        return next((pending.read() for pending in reversed(self._history) if not pending.void()), None)
+
+    def track(self, copy: nn.Module | Mapping[str, Tensor]) -> RemovableHandle:
+        """Move this copy of the weights (EMA, SWA, a reference model) too, whenever the weights move and stay.
+
+        copy: a module with the model's parameter names, AveragedModel's "module." in front or not, held weakly; or
+        {name: tensor}. Averages of points before and after a move mean nothing unless the average moves with them. In the
+        return frame nothing stays moved, and nothing is done. `.remove()` of what is returned ends it; a checkpoint does
+        not carry it. Errors: ValueError for a joint's tensor that the copy lacks or that has another shape.
+        Source: own; tests/test_tracked.py.
+        """
+        return self._tracked.add(copy)
 
     def detach(self) -> None:
         """Leave the optimizer as it was before `attach`; weights stay where they are. Calling it twice does nothing."""
         optimizer = self._optimizer()
         if optimizer is not None and self._handles:
             self._undo_interrupted_step(optimizer)
-            optimizer.param_groups[0].pop(self._counter, None)
+            for group in optimizer.param_groups:
+                group.pop(self._counter, None)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -114,50 +143,85 @@ class Teleporter:
         self.objective.load_state_dict(state["objective"])
         if "schedule" in state:
             self.schedule.load_state_dict(state["schedule"])
-        self._held = {int(i): Element(*parts) for i, parts in state["held"].items()}
-        self._away = []
+        self._held = {int(i): Element(*parts) for i, parts in state.get("held", {}).items()}
+        self._away, self._verdict = [], None
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._depth and _is_nested(optimizer):
+        if self._depth and is_nested(optimizer):
             self._depth += 1
             return None
         self._depth = 1
         self._undo_interrupted_step(optimizer)
-        changed = _run_closure_once(args, kwargs)
+        changed = run_closure_once(args, kwargs)
         self._counts_this_step = False
-        parameters, everything = self.plan.parameters(optimizer), self.plan.gradients(optimizer)
-        gradients = {name: everything[name] for name in parameters if name in everything}
-        if not gradients:
+        first = self.plan.first_gradient(optimizer)
+        if first is None:
             if optimizer not in _skipping:
                 self._warn("no parameter of the joints has a gradient, nothing is teleported; call backward() first")
             return changed
-        if all(float(group["lr"]) == 0 for group in optimizer.param_groups) and not any(
-            bool(g.any()) for g in gradients.values()
-        ):
+        if first.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a captured step would replay without its schedule; capture forward and backward, and call "
+                "optimizer.step() outside of the graph"
+            )
+        if has_no_rate(optimizer) and not any(bool(g.any()) for g in self.plan.gradients(optimizer).values()):
             return changed  # a checkpoint that initialises the optimizer's state steps like this: leave no trace
         self._counts_this_step = True
+        if not self._looked:
+            self._looked = bool(self.plan.gradients(optimizer))  # names a sparse one before the first teleport
+        step = Gradients(self.plan, optimizer)
         with torch.no_grad():
-            self._prepare(parameters, gradients, everything)
+            fires = self.schedule.fires(StepInfo(self.step_count, optimizer, step.norm, self._last_record))
+        holding = bool(self._held) and self.frame == "return" and self.objective.holds
+        if fires or holding or self._watches:
+            self._move(optimizer, step, fires, holding)
         return changed
 
-    def _prepare(
-        self, parameters: dict[str, Tensor], gradients: dict[str, Tensor], everything: dict[str, Tensor]
-    ) -> None:
+    @torch.no_grad()
+    def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
+        everything, norm = step.everything, step.norm
+        parameters = self.plan.parameters(optimizer)
+        gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
         if len(serving) < len(self.plan.buckets):
-            missing = next(name for name in parameters if name not in gradients)
-            self._warn(f"parameter {missing!r} has no gradient: joints that need it are not teleported")
-        norm = cache(lambda: float(_total_norm(everything)))
-        fires = self.schedule.fires(StepInfo(self.step_count, self.optimizer, norm, self._last_record))
+            self._warn(self.plan.missing(parameters, gradients))
+        verdict = found_inf(optimizer)
         # before anything turns: a turn would spread a non-finite entry over its column
-        if fires and not math.isfinite(norm()) and self._skip_step(everything):
+        if fires and verdict is None and not math.isfinite(norm()) and self._skip_step(everything()):
             return
-        if self.frame == "return" and self.objective.holds:
-            self._go(parameters, gradients, [(i, b, self._held[i]) for i, b in serving if i in self._held], "keep")
+        with full_precision({gradient.device.type for gradient in gradients.values()}):
+            if holding:
+                held = [(i, bucket, self._held[i]) for i, bucket in serving if i in self._held]
+                if verdict is not None:
+                    held = [(i, bucket, unless(verdict > 0, element)) for i, bucket, element in held]
+                self._go(parameters, gradients, held, "keep")
+            if verdict is None:
+                self._observe(serving, gradients)
+                if fires and norm() > 0:
+                    self._teleport(parameters, gradients, everything(), serving, None)
+                return
+            void = verdict > 0
+            self._unless(void, lambda: self._observe(serving, gradients))
+            if fires:
+                void = void | (total_norm(everything()) == 0).to(void.device, non_blocking=True)
+                self._unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
+
+    def _observe(self, serving: list[tuple[int, Bucket]], gradients: dict[str, Tensor]) -> None:
         for index, bucket in serving:
             self.objective.observe(index, bucket, gradients)
-        if fires and norm() > 0:
-            self._teleport(parameters, gradients, everything, serving)
+
+    def _unless(self, void: Tensor, work: Callable[[], None]) -> None:
+        """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
+        before = self.objective.state_dict()
+        work()
+        after = self.objective.state_dict()
+        if after:
+            self.objective.load_state_dict(
+                {
+                    key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
+                    for key, new in after.items()
+                }
+            )
 
     def _teleport(
         self,
@@ -165,32 +229,45 @@ class Teleporter:
         gradients: dict[str, Tensor],
         everything: dict[str, Tensor],
         serving: list[tuple[int, Bucket]],
+        void: Tensor | None,
     ) -> None:
+        """void: a 0-d bool on the device that makes every element the identity, or None where the host has looked."""
         start = time.perf_counter()
+        if void is not None and self.second_moments == "reset" and bool(void):
+            return  # what a reset forgets cannot be put back
         state_sources(self.optimizer, parameters)
         for hook in self.before_move:
             hook(self)
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.step_count) % 2**63)
         move = Move(parameters, gradients, self.radius, self.descend, generator)
         measured = Move(parameters, everything, self.radius, self.descend, generator)
-        before, radius, moved = self.objective.value(measured), torch.zeros(()), 0
+        before, radius, moved = self.objective.value(measured), None, 0
         for index, bucket in serving:
             found = self.objective.element(index, bucket, move)
             if found is None:
                 continue
             element, used = found
-            if not element.is_finite():
+            if void is not None:
+                element = unless(void, element)
+            elif not bool(element.finite()):
                 self._warn(f"joint {bucket.joints[0].name!r}: the search gave a non-finite element, the joint stays")
                 continue
             self._go(parameters, gradients, [(index, bucket, element)], self.second_moments)
             self._hold(index, element)
-            radius, moved = torch.maximum(radius, used.detach().float().cpu()), moved + len(bucket.joints)
+            used = used.detach().float()
+            radius = used if radius is None else torch.maximum(radius, used.to(radius.device, non_blocking=True))
+            moved += len(bucket.joints)
         after = self.objective.value(measured)
-        self._history.append(Pending(self.step_count, before, after, radius, time.perf_counter() - start, moved))
-        if self.after_move:
+        self._clip(everything)
+        radius, seconds = torch.zeros(()) if radius is None else radius, time.perf_counter() - start
+        self._history.append(Pending(self.step_count, before, after, radius, seconds, moved, void))
+        if self.after_move and not self._history[-1].void():
             record = self._history[-1].read()
             for report in self.after_move:
                 report(record)
+
+    def _clip(self, everything: dict[str, Tensor]) -> None:
+        clip_(everything.values(), everything, self.max_norm)
 
     def _hold(self, index: int, element: Element | Split) -> None:
         if self.frame == "return" and self.objective.holds:
@@ -205,35 +282,12 @@ class Teleporter:
         moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
     ) -> None:
-        self._move_all(parameters, gradients, moves, second_moments)
+        move_all_(self.optimizer, self.plan, parameters, gradients, moves, second_moments)
         if self.frame == "return":
             self._away += moves
-
-    def _move_all(
-        self,
-        parameters: dict[str, Tensor],
-        gradients: dict[str, Tensor],
-        moves: Sequence[tuple[int, Bucket, Element | Split]],
-        second_moments: str,
-    ) -> None:
-        """Parameters, gradients, first moments in one pass per bucket; second moments as `second_moments` says."""
-        if not moves:
             return
-        states = state_sources(self.optimizer, parameters)
         for _, bucket, element in moves:
-            moving = [source for source in states if source[0] != NORMALISED]
-            carried = [(PARAMETER, buffers)] if (buffers := self.plan.buffers(bucket)) else []
-            bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
-            normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
-            if normalised:
-                bucket.move_(element.signs(), normalised)
-            if element.form in ("diagonal", "permutation") or second_moments == "keep":
-                continue
-            if second_moments == "project" and isinstance(element, Element):
-                bucket.move_(element.squared(), [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE])
-            else:
-                forget_(self.optimizer, [parameters[name] for name in bucket.parameters()])
-                states = state_sources(self.optimizer, parameters)
+            self._tracked.move_(bucket, element)
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
@@ -243,18 +297,27 @@ class Teleporter:
             self._give_gradients_back(optimizer)
         elif self._counts_this_step:
             self.step_count += 1
-            self._come_back(optimizer)
+            if self._away:
+                self._come_back(optimizer)
+            found = found_inf(optimizer)
+            self._verdict = None if found is None else Verdict(found)
+
+    def _settle(self) -> None:
+        """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and verdict.is_void():
+            self.step_count -= 1
 
     @torch.no_grad()
     def _come_back(self, optimizer: Optimizer) -> None:
         """Undo the moves of this step, the last one first; a basis that is held keeps the second moments made in it."""
-        if not self._away:
-            return
         parameters = self.plan.parameters(optimizer)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         back = [(i, bucket, element.inverse(bucket.group)) for i, bucket, element in reversed(self._away)]
         self._away = []
-        self._move_all(parameters, gradients, back, "keep" if self.objective.holds else self.second_moments)
+        with full_precision({parameter.device.type for parameter in parameters.values()}):
+            policy = "keep" if self.objective.holds else self.second_moments
+            move_all_(optimizer, self.plan, parameters, gradients, back, policy)
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
@@ -277,7 +340,8 @@ class Teleporter:
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
-        self._come_back(optimizer)
+        if self._away:
+            self._come_back(optimizer)
         if self._put_aside:
             self._put_aside = []
             _skipping.discard(optimizer)
@@ -286,29 +350,3 @@ class Teleporter:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
-
-
-def _total_norm(tensors: dict[str, Tensor]) -> Tensor:
-    """In float64, where finite float32 entries of 1e25 still have a finite norm."""
-    return torch.stack(list(torch._foreach_norm(list(tensors.values()), 2, torch.float64))).norm()
-
-
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether a step of this optimizer runs inside another: where an override calls super().step(), hooks run twice."""
-    wrapper, frame, found = type(optimizer).step.__code__, sys._getframe(), 0
-    while frame is not None and found < 2:
-        found += frame.f_code is wrapper and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back  # type: ignore[assignment]
-    return found == 2
-
-
-def _run_closure_once(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-step hooks run before the closure: evaluate it here and hand its loss on, so that it runs once."""
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        loss = closure()
-    if len(args) > 1:
-        return (args[0], lambda: loss, *args[2:]), kwargs
-    return args, {**kwargs, "closure": lambda: loss}

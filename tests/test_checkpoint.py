@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -264,3 +265,26 @@ def test_detaching_leaves_the_plain_optimizer(gpt: GPT, symmetries: tf.Symmetrie
     train(other, plain, 3)
     assert all(map(torch.equal, gpt.parameters(), other.parameters()))
     assert len(teleporter.history) == 2
+
+
+def test_a_checkpoint_of_an_older_version_resumes_bit_for_bit() -> None:
+    """tests/fixtures/older_state.pt: version 0.1.0 of 2026-11-26, AdamW with the eigenbasis in the return frame."""
+    older = torch.load(Path(__file__).parent / "fixtures" / "older_state.pt", weights_only=True)
+    views = (tf.View("0.weight", 0, 1, 4), tf.View("0.bias", 0, 1, 4)), (tf.View("1.weight", 1, 1, 4),)
+    joint = tf.Joint("joint", "test", tf.symmetry.Orthogonal(4), 1, 4, *views)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    teleporter = tf.attach(optimizer, tf.Symmetries((joint,), model=model), "eigenbasis", tf.Every(3), frame="return")
+    model.load_state_dict(older["model"])
+    optimizer.load_state_dict(older["optimizer"])
+    teleporter.load_state_dict(older["teleporter"])
+    assert teleporter.step_count == 5
+    for step in range(5, 9):
+        x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        model.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert [record.step for record in teleporter.history] == [6]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), older["after_four_more"][name], rtol=1e-10, atol=1e-12)
+    assert float((older["model"]["0.weight"] - older["after_four_more"]["0.weight"]).norm()) > 1e-3

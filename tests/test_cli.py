@@ -159,7 +159,7 @@ def test_json_on_standard_output_is_json_alone(
     more = ("--json", "--seeds", "3", "--no-control", "--objective", "grad_norm", "--base", "sgd", "--every", "2")
     assert cli.main(tiny_train(text_folder, tmp_path / "out", *more)) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [arm["label"] for arm in found["arms"]] == ["sgd", "sgd + grad_norm"]
+    assert [arm["label"] for arm in found["arms"]] == ["sgd", "sgd + grad_norm, every 2"]
     assert found["runs"][1]["teleports"] == [2, 4]
 
 

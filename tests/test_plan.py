@@ -117,3 +117,65 @@ def test_tied_weights_have_one_slot() -> None:
     symmetries = tf.Symmetries((joint("a", "0.weight", "1.weight"),), model=model)
     plan = Plan(symmetries, torch.optim.SGD(model.parameters(), lr=0.1), objectives.GradNorm())
     assert plan.slots == {"0.weight": (0, 0), "1.weight": (0, 1)}
+
+
+def grouped(model: nn.Sequential, named: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        [{"params": [(n, p) if named else p]} for n, p in [*model.named_parameters(), ("extra", nn.Parameter(torch.ones(3)))]],
+        lr=0.1,
+    )
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_that_are_reordered_or_removed_after_attach_are_found_again(named: bool) -> None:
+    model = chain()
+    optimizer = grouped(model, named)
+    plan = Plan(two_joints(model), optimizer, objectives.GradNorm())
+    first, second, third, extra = optimizer.param_groups
+    for order in ([third, extra, first, second], [first, second, third], [second, third, first, extra]):
+        optimizer.param_groups[:] = order
+        found = plan.parameters(optimizer)
+        assert all(found[name] is parameter for name, parameter in model.named_parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        assert all(plan.gradients(optimizer)[name] is p.grad for name, p in model.named_parameters())
+
+
+def test_a_joint_waits_while_its_parameter_is_not_in_the_optimizer() -> None:
+    model = chain()
+    optimizer = grouped(model, named=False)
+    plan = Plan(two_joints(model), optimizer, objectives.GradNorm())
+    first = optimizer.param_groups.pop(0)
+    found = plan.parameters(optimizer)
+    assert found.keys() == {"1.weight", "2.weight"}
+    assert [bucket.joints[0].name for _, bucket in plan.serving(set(found))] == ["b"]
+    assert plan.missing(found, found) == (
+        "parameter '0.weight' is no longer in the optimizer: joints that need it are not teleported"
+    )
+    optimizer.param_groups.append(first)
+    assert plan.parameters(optimizer)["0.weight"] is model[0].weight
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_parameters_that_are_swapped_twice_are_found_by_name_or_place(named: bool) -> None:
+    """As a wrapper does that shards: first all go, then other objects come."""
+    model = chain()
+    optimizer = grouped(model, named)
+    plan = Plan(two_joints(model), optimizer, objectives.GradNorm())
+    for _ in range(2):
+        fresh = [nn.Parameter(torch.zeros(4, 4)) for _ in range(3)]
+        for group, parameter in zip(optimizer.param_groups, fresh, strict=False):
+            group["params"] = [parameter]
+        found = plan.parameters(optimizer)
+        assert all(found[f"{i}.weight"] is fresh[i] for i in range(3))
+
+
+def test_a_parameter_of_another_joint_is_not_taken_for_a_replacement() -> None:
+    """The place of a removed group is filled by its neighbour: the neighbour is not the one that left."""
+    model = chain()
+    optimizer = grouped(model, named=False)
+    plan = Plan(two_joints(model), optimizer, objectives.GradNorm())
+    del optimizer.param_groups[1]
+    found = plan.parameters(optimizer)
+    assert found.keys() == {"0.weight", "2.weight"}
+    assert found["2.weight"] is model[2].weight

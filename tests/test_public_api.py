@@ -41,6 +41,7 @@ ATTACH = [
     ("second_moments", "keep"),
     ("on_teleport", None),
     ("seed", 0),
+    ("max_norm", None),
 ]
 
 

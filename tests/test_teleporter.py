@@ -141,12 +141,13 @@ def test_a_non_finite_gradient_between_teleports_is_the_base_optimizers_affair()
     assert run.model[0].weight.isnan().sum() == 1
 
 
-def test_gradients_too_large_for_float32_squares_are_finite_gradients() -> None:
+@pytest.mark.parametrize("size", [1e25, 1e-30])
+def test_gradients_whose_squares_leave_float32_are_finite_gradients_and_not_zero(size: float) -> None:
     run = Run(torch.optim.SGD, lr=0.0)
     run.model.float()
     teleporter = run.attach("grad_l1", tf.Once(), radius=0.1)
     for parameter in run.model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e25)
+        parameter.grad = torch.full_like(parameter, size)
     run.optimizer.step()
     assert len(teleporter.history) == 1
     assert teleporter.step_count == 1

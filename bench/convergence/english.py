@@ -37,8 +37,8 @@ def english(seed: int = 0) -> Text:
         if kept:
             contents[path] = b"\n\n".join(kept)
     if len(contents) < 2:
-        places = ", ".join(FOLDERS)
-        raise ValueError(f"English text must be in at least two files, got {len(contents)} under {places}; install some package's documentation")
+        where = ", ".join(FOLDERS)
+        raise ValueError(f"English text must be in at least two files, got {len(contents)} under {where}; install a package with some")
     files = sorted(contents)
     random.Random(seed).shuffle(files)
     cut = max(1, len(files) // VALIDATION_SHARE)

@@ -15,6 +15,7 @@ from teleport_fast.ops import gram_difference
 from teleport_fast.ops.backend import availability, set_backend
 
 OP = "gram_difference"
+BY_LAYOUT = True
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = [
     (12, 16, 768),
@@ -37,12 +38,13 @@ def gradient(heads: int, h: int, n: int, layout: str, dtype: torch.dtype = torch
 
 
 def cases(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that decide which backend is fastest at width `size`, with about the same work each."""
+    """Calls that decide which backend is fastest at width `size`: about the same work each, and the bar's smaller shapes."""
     n = 4096 if size <= 32 else 2048
     heads = max(1, min(256, (1 << 25) // (size * size * n)))
-    for layout in LAYOUTS:
-        plus, minus = gradient(heads, size, n, layout, dtype), gradient(heads, size, n, layout, dtype)
-        yield f"{heads}x{size}x{n} {layout}", lambda plus=plus, minus=minus: gram_difference(plus, minus)
+    for shape in ((heads, size, n), *(s for s in SHAPES if s[1] == size and s[0] == 12)):
+        for layout in LAYOUTS:
+            plus, minus = gradient(*shape, layout, dtype), gradient(*shape, layout, dtype)
+            yield f"{'x'.join(map(str, shape))} {layout}", lambda plus=plus, minus=minus: gram_difference(plus, minus)
 
 
 def by_torch(plus: Tensor, minus: Tensor) -> Tensor:

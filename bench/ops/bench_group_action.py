@@ -15,6 +15,7 @@ from teleport_fast.ops import group_action_
 from teleport_fast.ops.backend import availability, set_backend
 
 OP = "group_action_"
+BY_LAYOUT = True
 SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Attention of (heads, d_head, d_model), the last one the residual stream of a small model.
 SHAPES = [

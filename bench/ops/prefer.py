@@ -1,9 +1,12 @@
 """Measures which backend computes each op fastest, and writes teleport_fast/ops/preferences.json.
 
 python bench/ops/prefer.py [--write] [--ops OP ...] [--backends cpp ...] [--rounds 15] [--threads N]
+python bench/ops/prefer.py --check [--ops OP ...]: exits with 1 if "auto" is more than 3% slower than plain torch anywhere.
 
-An op takes part through its bench_OP.py: OP, SIZES and cases(size, dtype) -> (label, call) pairs. A backend is
-preferred at a size where no case is more than 3% slower than the reference (medians of interleaved rounds).
+Rows are written for the instruction set in use (TELEPORT_FAST_ISA chooses another); those of others stay. An op takes
+part through its bench_OP.py: OP, SIZES and cases(size, dtype) -> (label, call) pairs; with BY_LAYOUT, labels end with the
+layout, "rows" or "columns", and each gets rows of its own. A backend is preferred at a size where no case is more than 3%
+slower than the reference (medians of interleaved rounds; a case that is gets three times the rounds before it counts).
 One thread is timed by its CPU time, which other processes disturb less than the clock on the wall.
 """
 
@@ -44,31 +47,48 @@ def median_seconds(call: Callable[[], object], names: list[str], rounds: int) ->
     """Medians by backend; the rounds interleave, so that what disturbs the machine disturbs all."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    for number in range(rounds + 2):
+    start = clock()
+    # A short call is easily disturbed: it gets 20 ms of rounds.
+    while len(seconds[names[0]]) < rounds + 2 or (clock() - start < 0.02 and len(seconds[names[0]]) < 10 * rounds):
         for name in names:
             with chooser.set_backend(name):
-                start = clock()
+                begin = clock()
                 call()
-                # The first two rounds warm up.
-                if number > 1:
-                    seconds[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[name].append(clock() - begin)
+    # The first two rounds warm up.
+    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
 
-def rows_for(module: ModuleType, dtype: torch.dtype, names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Rows {up_to, backends} of the table; prints each measurement."""
-    order_by_size: list[tuple[int, list[str]]] = []
+def ratios_of(call: Callable[[], object], names: list[str], rounds: int) -> tuple[float, dict[str, float]]:
+    """The reference's seconds, and by how much each backend is faster; who seems to lose is measured again, longer."""
+    for patience in (1, 3):
+        seconds = median_seconds(call, ["reference", *names], patience * rounds)
+        ratios = {name: seconds["reference"] / seconds[name] for name in names}
+        if min(ratios.values()) >= 1:
+            break
+    return seconds["reference"], ratios
+
+
+def rows_for(module: ModuleType, dtype: torch.dtype, names: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows {up_to, backends} of the table by layout, "" where it is all one; prints each measurement."""
+    orders: dict[str, list[tuple[int, list[str]]]] = {}
     for size in module.SIZES:
-        worst = dict.fromkeys(names, float("inf"))
+        worst: dict[str, dict[str, float]] = {}
         for label, call in module.cases(size, dtype):
-            seconds = median_seconds(call, ["reference", *names], rounds)
-            ratios = {name: seconds["reference"] / seconds[name] for name in names}
-            worst = {name: min(worst[name], ratios[name]) for name in names}
+            reference, ratios = ratios_of(call, names, rounds)
+            layout = label.rsplit(" ", 1)[-1] if getattr(module, "BY_LAYOUT", False) else ""
+            least_yet = worst.setdefault(layout, dict.fromkeys(names, float("inf")))
+            worst[layout] = {name: min(least_yet[name], ratios[name]) for name in names}
             shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
-            ours = f"reference {1e3 * seconds['reference']:.3f} ms, {shown}"
-            print(f"{module.OP:18} {dtype!s:15} {label:24} {ours}", flush=True)
-        usable = [name for name in sorted(names, key=worst.__getitem__, reverse=True) if worst[name] >= 1 / SLOWER]
-        order_by_size.append((size, usable))
+            print(f"{module.OP:18} {dtype!s:15} {label:24} reference {1e3 * reference:.3f} ms, {shown}", flush=True)
+        for layout, ratios in worst.items():
+            usable = [name for name in sorted(names, key=ratios.__getitem__, reverse=True) if ratios[name] >= 1 / SLOWER]
+            orders.setdefault(layout, []).append((size, usable))
+    return {layout: rows_of(order) for layout, order in orders.items()}
+
+
+def rows_of(order_by_size: list[tuple[int, list[str]]]) -> list[dict[str, Any]]:
+    """Neighbouring sizes of one order as one row."""
     rows: list[dict[str, Any]] = []
     for size, order in order_by_size:
         if rows and rows[-1]["backends"] == order:
@@ -82,9 +102,37 @@ def rows_for(module: ModuleType, dtype: torch.dtype, names: list[str], rounds: i
     return rows
 
 
+def tables_of(module: ModuleType, backends: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """One op's rows by "dtype", and by "dtype/layout" where layouts differ; "any": rows that hold for all of them."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for dtype in DTYPES:
+        name, by_layout = str(dtype).removeprefix("torch."), rows_for(module, dtype, backends, rounds)
+        tables[name] = least(list(by_layout.values()))
+        if any(rows != tables[name] for rows in by_layout.values()):
+            tables |= {f"{name}/{layout}": rows for layout, rows in by_layout.items()}
+    return {"any": least(list(tables.values()))} | tables
+
+
+def losses(modules: Iterator[ModuleType], rounds: int) -> list[str]:
+    """One line for each measured case where "auto" takes more than 3% longer than plain torch; prints every op's least."""
+    found = []
+    for module in modules:
+        ratios: list[tuple[float, str]] = []
+        for dtype in DTYPES:
+            for size in module.SIZES:
+                for label, call in module.cases(size, dtype):
+                    ratio = ratios_of(call, ["auto"], rounds)[1]["auto"]
+                    ratios.append((ratio, f"{str(dtype).removeprefix('torch.')} {label}"))
+        least_ratio, where = min(ratios)
+        print(f"{module.OP:26} {len(ratios):3} cases, least ratio {least_ratio:.2f} at {where}", flush=True)
+        found += [f"{module.OP} {where}: {ratio:.2f} of plain torch's speed" for ratio, where in ratios if ratio < 1 / SLOWER]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--check", action="store_true", help="measure what auto takes, against plain torch")
     parser.add_argument("--ops", nargs="*", default=[], help="these only; the others keep their rows")
     parser.add_argument("--backends", nargs="*", default=["cpp"])
     parser.add_argument("--rounds", type=int, default=15)
@@ -99,29 +147,30 @@ def main() -> None:
         "command": " ".join(["python bench/ops/prefer.py", *sys.argv[1:]]),
         "machine": f"{cpu_name()}, {torch.get_num_threads()} threads, {isa}, torch {torch.__version__}",
     }
-    measured: dict[str, dict[str, Any]] = {}
+    if options.check:
+        print(by["machine"])
+        slower = losses(benches(options.ops), options.rounds)
+        sys.exit("\n".join(slower) if slower else 0)
     for module in benches(options.ops):
-        tables = {
-            f"cpu/{str(dtype).removeprefix('torch.')}": rows_for(module, dtype, options.backends, options.rounds)
-            for dtype in DTYPES
-        }
-        # Calls of mixed dtypes: where the slowest dtype still wins.
-        measured[module.OP] = {"measured": by, "cpu": least(list(tables.values())), **tables}
-    table = json.loads(TABLE.read_text())
-    table["ops"].update(measured)
-    text = as_text(table)
-    if options.write:
-        TABLE.write_text(text + "\n")
-    else:
-        print(text)
+        rows = {"measured": by, **tables_of(module, options.backends, options.rounds)}
+        # An op at a time: a run that is stopped keeps what it has measured.
+        if options.write:
+            table = json.loads(TABLE.read_text())
+            table["ops"].setdefault(module.OP, {})[isa] = rows
+            TABLE.write_text(as_text(table) + "\n")
+        else:
+            print(json.dumps(rows, indent=1))
 
 
 def as_text(table: dict[str, Any]) -> str:
-    """JSON with one line per key of an op, so that a change reads well."""
+    """JSON with one line per key of an op's machine, so that a change reads well."""
     ops = []
-    for op, tables in sorted(table["ops"].items()):
-        lines = [f"      {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(tables.items())]
-        ops.append(f"    {json.dumps(op)}: {{\n" + ",\n".join(lines) + "\n    }")
+    for op, machines in sorted(table["ops"].items()):
+        parts = []
+        for machine, rows in sorted(machines.items()):
+            lines = [f"        {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(rows.items())]
+            parts.append(f"      {json.dumps(machine)}: {{\n" + ",\n".join(lines) + "\n      }")
+        ops.append(f"    {json.dumps(op)}: {{\n" + ",\n".join(parts) + "\n    }")
     return '{\n  "ops": {\n' + ",\n".join(ops) + "\n  }\n}"
 
 

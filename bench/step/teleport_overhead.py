@@ -1,10 +1,11 @@
-"""What a teleport of all joints costs, as a share of one forward plus backward, interleaved in one run.
+"""What a teleport of all joints costs, as a share of one forward plus backward, in CPU time of one thread.
 
-    python bench/step/teleport_overhead.py [--batch 16] [--rounds 15] [--json]
+    python bench/step/teleport_overhead.py [--batch 16] [--rounds 15] [--d-model 128] [--layers 4] [--every 3] [--json]
 
 Every round times one forward + backward of the demo model, one plain AdamW step, and for each objective one step whose
-schedule does not fire (the covariance update, for rotations) and one whose schedule fires; figures are medians of the
-per-round ratios with their quartiles, so that a drifting clock cancels.
+schedule does not fire (the covariance update, for rotations) and one whose schedule fires; a plain step is taken off both.
+"every 3" is what an average step costs when one in three fires. Figures are medians of the per-round ratios with their
+quartiles, so that a drifting clock cancels; CPU time by `time.thread_time`, so that other work on the machine hardly shows.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ import torch.nn.functional as F
 
 import teleport_fast as tf
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.objectives import Eigenbasis
 
-OBJECTIVES = ("eigenbasis", "random", "grad_norm", "grad_l1", "balance")
+OBJECTIVES: dict[str, str | Callable[[], Eigenbasis]] = {
+    "eigenbasis": "eigenbasis",
+    "eigenbasis, parts=4": lambda: Eigenbasis(parts=4),
+    "eigenbasis, takes='turns'": lambda: Eigenbasis(takes="turns"),
+    **{name: name for name in ("random", "grad_norm", "grad_l1", "balance")},
+}
 WARM_UP = 3
 
 
@@ -34,19 +41,20 @@ class Switch:
         return self.on
 
 
-def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(config: GPTConfig, batch: int, rounds: int, every: int) -> dict[str, dict[str, float]]:
     """Ratios to forward + backward: {row: {median, low, high}}; `forward_backward_ms` is a row of its own."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig())
+    model = GPT(config)
     torch.nn.init.normal_(model.head.weight, std=0.05)
     symmetries = tf.find_symmetries(model)
-    ids = torch.randint(256, (batch, model.config.context + 1))
+    ids = torch.randint(256, (batch, config.context + 1))
     plain = torch.optim.AdamW(model.parameters(), lr=0.0)
     arms = {}
-    for objective in OBJECTIVES:
+    for name, objective in OBJECTIVES.items():
         switch, optimizer = Switch(), torch.optim.AdamW(model.parameters(), lr=0.0)
-        tf.attach(optimizer, symmetries, objective=objective, schedule=tf.When(switch))
-        arms[objective] = (optimizer, switch)
+        chosen = objective if isinstance(objective, str) else objective()
+        tf.attach(optimizer, symmetries, objective=chosen, schedule=tf.When(switch))
+        arms[name] = (optimizer, switch)
 
     def backward() -> None:
         model.zero_grad()
@@ -56,9 +64,11 @@ def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
     for _ in range(rounds + WARM_UP):
         times["forward_backward"].append(_seconds(backward))
         times["plain step"].append(_seconds(plain.step))
-        for objective, (optimizer, switch) in arms.items():
-            for switch.on, row in ((False, f"{objective}, not firing"), (True, f"{objective}, teleport")):
+        for name, (optimizer, switch) in arms.items():
+            for switch.on, row in ((False, f"{name}, not firing"), (True, f"{name}, teleport")):
                 times.setdefault(row, []).append(_seconds(optimizer.step) - times["plain step"][-1])
+            spent = (every - 1) * times[f"{name}, not firing"][-1] + times[f"{name}, teleport"][-1]
+            times.setdefault(f"{name}, every {every}", []).append(spent / every)
     base = times["forward_backward"][WARM_UP:]
     rows = {row: _spread([x / b for x, b in zip(xs[WARM_UP:], base, strict=True)]) for row, xs in times.items()}
     rows["forward_backward_ms"] = _spread([1e3 * b for b in base])
@@ -66,9 +76,9 @@ def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     work()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -80,17 +90,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16, help="sequences of 128 tokens a step")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--d-model", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--every", type=int, default=3, help="steps between teleports, for the average step")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = measure(options.batch, options.rounds)
+    torch.set_num_threads(1)
+    config = GPTConfig(d_model=options.d_model, layers=options.layers)
+    rows = measure(config, options.batch, options.rounds, options.every)
     if options.json:
-        print(json.dumps({"batch": options.batch, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
+        print(json.dumps({**vars(options), "threads": torch.get_num_threads(), "rows": rows}, indent=1))
         return
     fb = rows.pop("forward_backward_ms")
     print(f"forward + backward, {options.batch} x 128 tokens: {fb['median']:.1f} ms ({fb['low']:.1f} to {fb['high']:.1f})")
     for row, r in rows.items():
         if row != "forward_backward":
-            print(f"{row:28s} {100 * r['median']:6.1f}% ({100 * r['low']:.1f} to {100 * r['high']:.1f})")
+            print(f"{row:38s} {100 * r['median']:6.1f}% ({100 * r['low']:.1f} to {100 * r['high']:.1f})")
 
 
 if __name__ == "__main__":

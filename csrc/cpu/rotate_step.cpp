@@ -96,7 +96,7 @@ void check_bases(const std::vector<Tensor>& bases, size_t count, int64_t dim, in
 void rotate_step_(
     std::vector<Tensor> parameters, std::vector<Tensor> gradients, std::vector<Tensor> first_moments, std::vector<Tensor> second_moments,
     std::vector<Tensor> left, std::vector<Tensor> right, int64_t base, double step, double lr, double beta1, double beta2, double eps,
-    double weight_decay) {
+    double weight_decay, bool nesterov) {
   const size_t count = parameters.size();
   STD_TORCH_CHECK(base >= 0 && base <= 2, "rotate_step_: base must be 0, 1 or 2");
   const BaseMap map = BaseMap(base);
@@ -134,8 +134,8 @@ void rotate_step_(
   const Panels panels(rows, columns, turns_rows || (norms && transposed), turns_columns || (norms && !transposed));
   const bool adam = map == BaseMap::Adam;
   const RotateNumbers numbers{
-      beta1, beta2, eps, 1 - lr * weight_decay, adam ? lr / (1 - std::pow(beta1, step)) : lr,
-      adam ? 1 / std::sqrt(1 - std::pow(beta2, step)) : 1};
+      beta1, beta2, eps, 1 - lr * weight_decay, adam ? lr / (1 - std::pow(beta1, step + nesterov)) : lr,
+      adam ? 1 / std::sqrt(1 - std::pow(beta2, step)) : 1, nesterov ? beta1 : 1, nesterov ? 1 - beta1 : 0};
 
   const auto kernel = select_rotate_item();
   const int64_t each = panels.row_panels * panels.column_panels, items = int64_t(count) * heads * each;

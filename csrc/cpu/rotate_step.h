@@ -8,9 +8,10 @@ namespace teleport_fast {
 
 enum class BaseMap : int32_t { Adam, Sign, RowNorm };
 
-// keep = 1 - lr * weight_decay; rate: lr, by Adam's first correction too; scale = 1 / sqrt(1 - beta2^step).
+// keep = 1 - lr * weight_decay; rate: lr, by Adam's first correction too; scale = 1 / sqrt(1 - beta2^step). U is the base map
+// of old * m + fresh * g': the moment itself is 1, 0, and Nesterov's look ahead beta1, 1 - beta1.
 struct RotateNumbers {
-  double beta1, beta2, eps, keep, rate, scale;
+  double beta1, beta2, eps, keep, rate, scale, old, fresh;
 };
 
 // One head's matrix of a tensor. Columns are (outer, inner), of RotateItem's inner; `flat` where one step leads through them all.

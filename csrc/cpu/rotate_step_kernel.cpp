@@ -8,11 +8,11 @@ namespace {
 
 template <class T>
 struct Numbers {
-  T beta1, beta2, rest1, rest2, eps, keep, rate, scale;
+  T beta1, beta2, rest1, rest2, eps, keep, rate, scale, old, fresh;
 
   explicit INLINE Numbers(const RotateNumbers& n)
       : beta1(T(n.beta1)), beta2(T(n.beta2)), rest1(T(1 - n.beta1)), rest2(T(1 - n.beta2)), eps(T(n.eps)), keep(T(n.keep)),
-        rate(T(n.rate)), scale(T(n.scale)) {}
+        rate(T(n.rate)), scale(T(n.scale)), old(T(n.old)), fresh(T(n.fresh)) {}
 };
 
 // Calls f(strip, first row, rows) over pieces of a panel, all strips of the same rows together: their lines lie side by side.
@@ -57,7 +57,8 @@ void base_map(const RotateItem& item, T* panel) {
           const Vec<T> v = fma<T>(splat(n.rest2) * g, g, second.at(i, at) * n.beta2);
           first.put(m, i, at);
           second.put(v, i, at);
-          store(m / fma<T>(square_root<T>(v), splat(n.scale), splat(n.eps)), x + i * kStrip<T> + at);
+          const Vec<T> u = fma<T>(splat(n.fresh), g, m * n.old);
+          store(u / fma<T>(square_root<T>(v), splat(n.scale), splat(n.eps)), x + i * kStrip<T> + at);
         }
       second.write(item, item.second_moment, s, row, rows);
     } else {
@@ -67,9 +68,10 @@ void base_map(const RotateItem& item, T* panel) {
           const Vec<T> g = load(x + i * kStrip<T> + k * lanes);
           const Vec<T> m = fma<T>(splat(n.rest1), g, first.at(i, k * lanes) * n.beta1);
           first.put(m, i, k * lanes);
-          if (rows_normed) sums[row + i] = fma<T>(m, m, sums[row + i]);
-          else down[k] = fma<T>(m, m, down[k]);
-          store(base == BaseMap::Sign ? sign_of<T>(m) : m, x + i * kStrip<T> + k * lanes);
+          const Vec<T> u = fma<T>(splat(n.fresh), g, m * n.old);
+          if (rows_normed) sums[row + i] = fma<T>(u, u, sums[row + i]);
+          else down[k] = fma<T>(u, u, down[k]);
+          store(base == BaseMap::Sign ? sign_of<T>(u) : u, x + i * kStrip<T> + k * lanes);
         }
       if (base == BaseMap::RowNorm && !rows_normed)
         for (int k = 0; k < 2; ++k) {

@@ -171,6 +171,35 @@ INLINE void store(Vec<float> x, BFloat16* to) {
 #endif
 }
 
+// The first `count` elements, zeros after them; what lies behind is not touched.
+#if defined(__AVX512F__)
+INLINE Vec<float> load_part(const float* from, int count) { return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), from); }
+INLINE Vec<double> load_part(const double* from, int count) { return _mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), from); }
+INLINE Vec<float> load_part(const BFloat16* from, int count) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+INLINE Vec<float> load_part(const Half* from, int count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), from));
+}
+#else
+template <class S>
+INLINE auto load_part(const S* from, int count) {
+  decltype(load(from)) x{};
+  for (int lane = 0; lane < int(sizeof x / sizeof x[0]); ++lane)
+    if (lane < count) x[lane] = widen(from[lane]);
+  return x;
+}
+#if defined(__AVX2__)
+INLINE __m256i first_lanes(int bytes) {
+  static constexpr int32_t window[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256((const __m256i*)((const char*)(window + 8) - bytes));
+}
+INLINE Vec<float> load_part(const float* from, int count) { return _mm256_maskload_ps(from, first_lanes(4 * count)); }
+INLINE Vec<double> load_part(const double* from, int count) { return _mm256_maskload_pd(from, first_lanes(8 * count)); }
+#endif
+#endif
+
 // A square block of kBlock<T> rows, each contiguous, written as columns: by scalar stores it takes about 1 cycle an element, as
 // long as the whole product of a width of 32.
 #if defined(__AVX2__)
@@ -232,9 +261,6 @@ NOINLINE void pack_strips(const S* from, int64_t a_step, int64_t b_step, int64_t
   for (int64_t first = 0; first < rows; first += width, to += pitch) {
     const int count = int(rows - first < width ? rows - first : width);
     const S* strip = from + first * a_step;
-    if (count < width)
-      for (int64_t b = 0; b < depth; ++b)
-        for (int a = count; a < width; ++a) to[b * width + a] = 0;
     if (a_step == 1 && count == width) {
       for (int64_t b = 0; b < depth; ++b) {
         const S* row = strip + b * b_step;
@@ -244,15 +270,18 @@ NOINLINE void pack_strips(const S* from, int64_t a_step, int64_t b_step, int64_t
       continue;
     }
     if (a_step == 1) {
-      const int whole = count / lanes * lanes;
+      const int low = count < lanes ? count : lanes;
       for (int64_t b = 0; b < depth; ++b) {
         const S* row = strip + b * b_step;
         prefetch_row(row + ahead, count);
-        for (int a = 0; a < whole; a += lanes) store(load(row + a), to + b * width + a);
-        for (int a = whole; a < count; ++a) to[b * width + a] = widen(row[a]);
+        store(load_part(row, low), to + b * width);
+        store(load_part(row + low, count - low), to + b * width + lanes);
       }
       continue;
     }
+    if (count < width)
+      for (int64_t b = 0; b < depth; ++b)
+        for (int a = count; a < width; ++a) to[b * width + a] = 0;
     int done = 0;
     if (b_step == 1) {
       const int64_t deep = depth / block * block;

@@ -69,7 +69,7 @@ inline RotatePlan rotate(const Call& call, const Tensors& parameters, const Tens
 }
 
 inline void rotate_step_(Tensors parameters, Tensors gradients, Tensors first_moments, Tensors second_moments, Tensors left, Tensors right,
-                  int64_t base, double step, double lr, double beta1, double beta2, double eps, double weight_decay) {
+                  int64_t base, double step, double lr, double beta1, double beta2, double eps, double weight_decay, bool nesterov) {
   if (parameters.empty()) return;
   const Tensor& like = first_of("rotate_step_", parameters, 1);
   const Call call("rotate_step_", like);
@@ -82,7 +82,7 @@ inline void rotate_step_(Tensors parameters, Tensors gradients, Tensors first_mo
     STD_TORCH_CHECK(bases->empty() || bases->size() == parameters.size(), "rotate_step_: bases must be one per parameter, or none");
   for (const Tensor& one : left) call.expect(one, {heads, h, h}, type, "left");
   for (const Tensor& one : right) call.expect(one, {n, n}, type, "right");
-  const RotateStep numbers{step, lr, beta1, beta2, eps, weight_decay};
+  const RotateStep numbers{step, lr, beta1, beta2, eps, weight_decay, nesterov ? 1.0 : 0.0};
   const RotatePlan plan =
       rotate(call, parameters, gradients, first_moments, second_moments, left, right, base, kWholeStep, numbers);
   const bool apart_left = plan.left && !plan.fused_left, apart_right = plan.right && !plan.fused_right;

@@ -26,9 +26,9 @@ struct RotatePlan {
   int64_t shared_bytes, workspace;  // workspace: accumulators
 };
 
-// step counts this step, from 1.
+// step counts this step, from 1; nesterov is 0 or 1.
 struct RotateStep {
-  double step, lr, beta1, beta2, eps, weight_decay;
+  double step, lr, beta1, beta2, eps, weight_decay, nesterov;
 };
 
 }  // namespace teleport_fast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from torch.optim import Optimizer
 
 import teleport_fast as tf
 from teleport_fast.experiments.muon import muon
+from teleport_fast.objectives import OBJECTIVES as MAKERS
+from teleport_fast.state import SECOND_MOMENTS
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Arm:
 
     Every `every` steps there is a teleport. `beta2` replaces the second moment's decay of an Adam base: in a turning
     basis a longer memory is the better one (0.98 against 0.95, each arm at its own best). `momentum` replaces the first
-    moment's decay, Adam's beta1 or the momentum of SGD and Muon.
+    moment's decay, Adam's beta1 or the momentum of SGD and Muon. `settings` are arguments of the objective and the
+    second-moment policy of the teleport, or arguments of an optimizer alone, in the order of their names.
     """
 
     name: str
@@ -61,12 +65,20 @@ class Arm:
     radius: float | None = None
     direction: str | None = None
     momentum: float | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def label(self) -> str:
-        """How tables, pictures and recorded sweeps call this arm."""
+        """How tables, pictures and recorded sweeps call this arm: its name, and what is not as usual."""
+        usual = self.usual
+        own = [(key, getattr(self, key)) for key in FIELDS if getattr(self, key) != getattr(usual, key)]
         name = self.base if self.objective is None else f"{self.base} + {self.name}"
-        return name if self.momentum is None else f"{name}, momentum {self.momentum:g}"
+        return ", ".join([name, *(f"{key} {_shown(value)}" for key, value in (*own, *self.settings))])
+
+    @property
+    def usual(self) -> Arm:
+        """The arm of this name and base with nothing changed."""
+        return replace(_TELEPORTS[self.name], base=self.base) if self.name in _TELEPORTS else Arm(self.name, self.base)
 
 
 _TELEPORTS = {
@@ -78,34 +90,100 @@ _TELEPORTS = {
 }
 OBJECTIVES = (*_TELEPORTS,)
 ARMS = (*BASES, *OBJECTIVES)
+FIELDS = ("every", "beta2", "radius", "direction", "momentum")
+# Decided by the harness: rates by the sweep, the rest by fields of the arm.
+RESERVED = ("params", "groups", "lr", "betas", "momentum", "symmetries", "table_lr", "sides", "basis_dtype")
 
 
 def arm_named(name: str, base: str = "adamw", **changes: Any) -> Arm:
     """The arm called `name`: an optimizer's name runs it alone, any other of `ARMS` attaches a teleport to `base`.
 
-    `changes` replace fields (`every`, `radius`, `direction`, `momentum`); None leaves a field as it is. "eigenbasis" is
-    another name for "rotations". Raises ValueError for an unknown name or base, and for a field that is out of range.
+    Settings follow the name after colons, "rotations:every=1:decay=0.8": the fields of an arm, arguments of its objective or
+    its optimizer (`settable` lists them), and second_moments. `changes` replace fields (`every`, `radius`, `direction`,
+    `momentum`) that the name leaves open; None leaves a field as it is. "eigenbasis" is another name for "rotations".
+    Raises ValueError for an unknown name, base or setting, and for a value that is out of range.
 
     >>> arm_named("rotations").every, arm_named("sgd").label, arm_named("random", base="sgd").label
     (3, 'sgd', 'sgd + random')
+    >>> arm_named("rotations:every=1:decay=0.8").label
+    'adamw + rotations, every 1, decay 0.8'
     """
+    name, *given = name.split(":")
     name = {"eigenbasis": "rotations"}.get(name, name)
     if base not in TELEPORTED:
         raise ValueError(f"base must be one of {', '.join(TELEPORTED)}, got {base!r}; pass one of these names")
-    given = {field: value for field, value in changes.items() if value is not None}
-    momentum = given.get("momentum")
-    if momentum is not None and not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}; pass a decay such as 0.9")
-    if name in BASES:
-        return Arm(name, name, momentum=momentum)
-    if name not in _TELEPORTS:
+    if name not in ARMS:
         raise ValueError(f"arm must be one of {', '.join(ARMS)}, got {name!r}; pass one of these names")
-    every, radius = given.get("every", 1), given.get("radius", 1.0)
+    arm = Arm(name, name) if name in BASES else replace(_TELEPORTS[name], base=base)
+    own = dict(_setting(arm, pair) for pair in given)
+    allowed = ("beta2", "momentum") if name in BASES else FIELDS
+    open_ = {key: value for key, value in changes.items() if value is not None and key in allowed}
+    fields = {**open_, **{key: value for key, value in own.items() if key in allowed}}
+    _check(fields)
+    settings = tuple(sorted((key, value) for key, value in own.items() if key not in allowed))
+    arm = replace(arm, **fields, settings=settings)
+    _try(arm)
+    return arm
+
+
+def settable(arm: Arm) -> list[str]:
+    """The settings that may follow this arm's name.
+
+    >>> settable(arm_named("rotations"))  # doctest: +NORMALIZE_WHITESPACE
+    ['beta2', 'decay', 'direction', 'every', 'iterations', 'momentum', 'normalise', 'parts', 'radius',
+     'second_moments', 'takes']
+    """
+    if arm.objective is not None:
+        known = inspect.signature(MAKERS[arm.objective]).parameters
+        return sorted({*known, *FIELDS, "second_moments"})
+    known = inspect.signature(BASES[arm.base].make).parameters
+    return sorted({*known, "beta2", "momentum"} - {*RESERVED} | {"beta2", "momentum"})
+
+
+def _setting(arm: Arm, pair: str) -> tuple[str, Any]:
+    """Key and value of "key=value": a number, true or false where it is one, else a word."""
+    key, equals, text = pair.partition("=")
+    if not equals or key not in settable(arm):
+        raise ValueError(
+            f"a setting of {arm.name} must be key=value with a key of {', '.join(settable(arm))}, got {pair!r}; "
+            f"for example {arm.name}:momentum=0.8"
+        )
+    words = {"true": True, "false": False}
+    for kind in (int, float):
+        try:
+            return key, kind(text)
+        except ValueError:
+            continue
+    return key, words.get(text.lower(), text)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _check(fields: dict[str, Any]) -> None:
+    momentum, beta2 = fields.get("momentum"), fields.get("beta2")
+    every, radius = fields.get("every", 1), fields.get("radius", 1.0)
+    for key, value, example in (("momentum", momentum, 0.9), ("beta2", beta2, 0.98)):
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"{key} must be in [0, 1), got {value}; pass a decay such as {example}")
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}; pass the number of steps between teleports")
     if radius <= 0:
         raise ValueError(f"radius must be positive, got {radius}; pass the largest distance of one move, such as 0.5")
-    return replace(_TELEPORTS[name], base=base, **given)
+
+
+def _try(arm: Arm) -> None:
+    """Make once what the settings go to, so that a value out of range is named before anything is trained."""
+    settings = dict(arm.settings)
+    if arm.objective is not None:
+        policy = settings.pop("second_moments", "keep")
+        if policy not in SECOND_MOMENTS:
+            raise ValueError(f"second_moments must be one of {', '.join(SECOND_MOMENTS)}, got {policy!r}; 'keep' is usual")
+        MAKERS[arm.objective](**settings)
+    elif settings:
+        base = BASES[arm.base]
+        base.make([{"params": [("up.weight", nn.Parameter(torch.ones(2, 2)))]}], lr=base.rate, **{**base.options, **settings})
 
 
 def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | None = None) -> Optimizer:
@@ -124,7 +202,7 @@ def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | 
         raise ValueError(
             f"rate must be positive, got {min(rate, table_rate)}; pass a learning rate such as {base.rate}"
         )
-    options = dict(base.options)
+    options = {**base.options, **(dict(arm.settings) if arm.objective is None else {})}
     if base.wants_symmetries:
         options["symmetries"] = tf.find_symmetries(model)
     if "betas" in options:
@@ -133,10 +211,12 @@ def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | 
             own[0] if arm.momentum is None else arm.momentum,
             own[1] if arm.beta2 is None else arm.beta2,
         )
-    elif arm.momentum is not None:
-        if "momentum" not in options:
-            raise ValueError(f"momentum means nothing to {arm.base}, got {arm.momentum}; leave it out")
-        options["momentum"] = arm.momentum
+    else:
+        for name, value in (("momentum", arm.momentum), ("beta2", arm.beta2)):
+            if value is not None and name not in options and value != getattr(arm.usual, name):
+                raise ValueError(f"{name} means nothing to {arm.base}, got {value}; leave it out")
+        if arm.momentum is not None:
+            options["momentum"] = arm.momentum
     tables = [
         module.weight
         for name, module in model.named_modules()
@@ -154,6 +234,9 @@ def attach(arm: Arm, optimizer: Optimizer, model: nn.Module, example: torch.Tens
     if arm.objective is None:
         return None
     symmetries = tf.find_symmetries(model, (example,))
-    options: dict[str, Any] = {"radius": arm.radius, "direction": arm.direction, "seed": seed}
+    settings = dict(arm.settings)
+    policy = settings.pop("second_moments", None)
+    options: dict[str, Any] = {"radius": arm.radius, "direction": arm.direction, "second_moments": policy, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
-    return tf.attach(optimizer, symmetries, objective=arm.objective, schedule=tf.Every(arm.every), **given)
+    objective = MAKERS[arm.objective](**settings)
+    return tf.attach(optimizer, symmetries, objective=objective, schedule=tf.Every(arm.every), **given)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-ADAMW: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0}
+# The second moment's decay for embeddings and head: 0.98 was better than AdamW's own 0.95 in one run each at momentum 0.8.
+TABLE_BETA2 = 0.98
 
 
 class Together(Optimizer):
@@ -34,8 +35,8 @@ class Together(Optimizer):
 def muon(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer:
     """torch.optim.Muon (its own Nesterov momentum and five Newton-Schulz steps) over the matrices of the first group.
 
-    All else, embeddings and head in the second group too, is AdamW's at the second group's rate. Without weight decay,
-    like the other arms.
+    All else, embeddings and head in the second group too, is AdamW's at the second group's rate, with the same first-moment
+    decay, as in the other arms. Without weight decay, like them.
 
     >>> weight, table = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(3))
     >>> optimizer = muon([{"params": [("w", weight)]}, {"params": [("t", table)], "lr": 0.01}], lr=0.02, momentum=0.9)
@@ -47,5 +48,5 @@ def muon(groups: list[dict[str, Any]], lr: float, momentum: float) -> Optimizer:
     rest = [(name, p) for name, p in blocks["params"] if p.ndim != 2] + tables["params"]
     return Together(
         torch.optim.Muon(matrices, lr=lr, momentum=momentum, weight_decay=0.0),
-        torch.optim.AdamW(rest, lr=tables["lr"], **ADAMW),
+        torch.optim.AdamW(rest, lr=tables["lr"], betas=(momentum, TABLE_BETA2), weight_decay=0.0),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ def sweep(
     path, shown = folder / "sweep.jsonl", watcher or Silent()
     same = finite({"setting": asdict(setting), "text": text_json(text)["digest"]})
     rows = [row for row in _read(path) if all(row[key] == value for key, value in same.items())]
-    rows = [row for row in rows if row["options"] in [asdict(arm) for arm in arms] and row["seed"] in seeds]
+    asked = [_given(asdict(arm)) for arm in arms]
+    rows = [row for row in rows if _given(row["options"]) in asked and row["seed"] in seeds]
     interrupted = False
     try:
         for arm in arms:
@@ -139,6 +140,12 @@ def sweep(
     return result
 
 
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """An arm's fields that are set, as JSON has them: rows of before a field existed are rows of arms without it."""
+    given: dict[str, Any] = json.loads(json.dumps({key: value for key, value in options.items() if value}))
+    return given
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
@@ -158,8 +165,7 @@ def recorded(path: Path = RECORDED / "sweep.json") -> dict[str, Any]:
 def rate_for(arm: Arm) -> tuple[float, str]:
     """The arm's learning rate and where it comes from: its recorded sweep, its base optimizer's, or a default."""
     rates = recorded().get("rates", {})
-    usual = replace(arm, momentum=None).label
-    for label in (arm.label, usual, arm.base):
+    for label in (arm.label, arm.usual.label, arm.base):
         if label in rates:
             return float(rates[label]["rate"]), "recorded sweep" + (f" of {label}" if label != arm.label else "")
     return BASES[arm.base].rate, f"default; tune it with: python -m teleport_fast train --sweep --arms {arm.name}"

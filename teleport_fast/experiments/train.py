@@ -177,7 +177,7 @@ def train(
         probe, _ = sample(text.validation, windows, setting.probe_windows, setting.model.context)
         if setting.model.gains:
             # Frozen in every arm, the baseline too: otherwise the arms would train different models.
-            tf.fold_norm_gains_(model, (probe,))
+            tf.fold_norm_gains_(model, (probe,), freeze_ones=True)
         optimizer = make_optimizer(arm, model, rate, setting.table_rate)
         teleporter, check = attach(arm, optimizer, model, probe, seed), FunctionCheck(model, probe)
         if teleporter is not None:

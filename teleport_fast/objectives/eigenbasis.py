@@ -9,29 +9,54 @@ import torch
 from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
-from teleport_fast.ops.covariance import covariance_
+from teleport_fast.ops.covariance import NORMALISE, covariance_
 from teleport_fast.symmetry.bucket import Bucket, Element
 from teleport_fast.symmetry.groups import DenseGroup
 from teleport_fast.symmetry.joint import Joint
+
+TAKES = ("steps", "turns")
 
 
 class Eigenbasis(Objective):
     """Exact rotational teleportation (math.md section 5, own): one warm step of orthogonal iteration at each refresh.
 
     Every step: C ← β C + (1 − β) Σ G Gᵀ/‖G‖² over a joint's matrices, in the present basis. At a refresh: Q R = qr(C)
-    with diag R > 0, tensors go to the basis Q (g = Qᵀ), C ← Qᵀ C Q. Under a rotary embedding Q is one angle per plane,
-    under LayerNorm it keeps the ones vector. Fixed points are the eigenbases of C. Related: ARO, arXiv 2602.09006.
+    with diag R > 0, tensors go to the basis Q (g = Qᵀ), C ← Qᵀ C Q. Under a rotary embedding Q is the best angle of each
+    plane, under LayerNorm it keeps the ones vector. Fixed points are the eigenbases of C. Related: ARO, arXiv 2602.09006.
+
+    decay: β, per gradient that is taken up. normalise: what G Gᵀ is divided by: the "tensor"'s own ‖G‖², that of all
+    tensors of the "joint", or "none". takes: gradients of all "steps", or of the "turns" alone, which costs C's share of
+    a step only there. parts: every gradient that is taken up gives one of so many parts of its columns, the next one the
+    next part, at a `parts`-th of the cost. iterations: steps of the orthogonal iteration in one refresh.
+    Errors: ValueError for a value out of range. Source: own derivation, checked by tests/objectives/test_eigenbasis.py.
     """
 
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
 
-    def __init__(self, decay: float = 0.95) -> None:
+    def __init__(
+        self,
+        decay: float = 0.95,
+        normalise: str = "tensor",
+        takes: str = "steps",
+        parts: int = 1,
+        iterations: int = 1,
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.95 is the default")
-        self.decay = decay
+        for name, value, allowed in (("normalise", normalise, NORMALISE), ("takes", takes, TAKES)):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {value!r}; {allowed[0]!r} is the default"
+                )
+        for name, count in (("parts", parts), ("iterations", iterations)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}; 1 is the default")
+        self.decay, self.normalise, self.takes = decay, normalise, takes
+        self.parts, self.iterations = parts, iterations
         self.covariances: dict[int, Tensor] = {}
+        self._next_part: dict[int, int] = {}
 
     def unusable(self, joint: Joint) -> str | None:
         if not joint.group.holds_rotations:
@@ -41,8 +66,15 @@ class Eigenbasis(Objective):
         return None
 
     def observe(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        if self.takes == "steps":
+            self._take_up(index, bucket, gradients)
+
+    def _take_up(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        part = self._next_part.get(index, 0)
+        self._next_part[index] = (part + 1) % self.parts
         counted = [
-            [view.of(gradients[view.parameter]) for view in joint.views() if view.counts] for joint in bucket.joints
+            [_part(view.of(gradients[view.parameter]), part, self.parts) for view in joint.views() if view.counts]
+            for joint in bucket.joints
         ]
         first = next((tensor for tensors in counted for tensor in tensors), None)
         if first is None:
@@ -53,19 +85,25 @@ class Eigenbasis(Objective):
             shape = (len(bucket.joints) * bucket.heads, bucket.width, bucket.width)
             covariance = self.covariances[index] = torch.zeros(shape, dtype=dtype, device=first.device)
         if len({len(tensors) for tensors in counted}) == 1:
-            covariance_(covariance, list(chain(*counted)), self.decay, len(bucket.joints))
+            covariance_(covariance, list(chain(*counted)), self.decay, len(bucket.joints), self.normalise)
             return
         for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
-            covariance_(rows, tensors, self.decay)
+            covariance_(rows, tensors, self.decay, 1, self.normalise)
 
     def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+        if self.takes == "turns":
+            self._take_up(index, bucket, move.gradients)
         covariance = self.covariances.get(index)
         if covariance is None:
             return None
         assert isinstance(bucket.group, DenseGroup)
-        q = bucket.group.orthogonal_factor(covariance)
-        covariance.copy_(q.mT @ covariance @ q)
-        return Element("dense", q.mT, q.mT), _rotation_size(q)
+        turn: Tensor | None = None
+        for _ in range(self.iterations):
+            q = bucket.group.turn_to_eigenbasis(_shifted(covariance))
+            covariance.copy_(q.mT @ covariance @ q)
+            turn = q if turn is None else turn @ q
+        assert turn is not None
+        return Element("dense", turn.mT, turn.mT), _rotation_size(turn)
 
     def value(self, move: Move) -> Tensor:
         """The diagonal's share of ‖C‖²_F over all joints, in [0, 1]; 1 in an eigenbasis."""
@@ -77,10 +115,15 @@ class Eigenbasis(Objective):
         return torch.where(whole > 0, inside / whole, 0.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        if self.parts > 1:
+            kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
+        return kept
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.covariances = {int(index): covariance.clone() for index, covariance in state.items()}
+        parts = {key: value for key, value in state.items() if key.startswith("part.")}
+        self._next_part = {int(key.removeprefix("part.")): int(value) for key, value in parts.items()}
+        self.covariances = {int(key): value.clone() for key, value in state.items() if key not in parts}
 
 
 class RandomRotation(Objective):
@@ -104,6 +147,24 @@ class RandomRotation(Objective):
     def value(self, move: Move) -> Tensor:
         norms = torch._foreach_norm(list(move.gradients.values()), 1)
         return torch.stack([norm.double() for norm in norms]).sum()
+
+
+def _part(view: Tensor, part: int, parts: int) -> Tensor:
+    """One of so many parts of a view's columns (heads, h, outer, inner); whole where there are fewer columns."""
+    axis = 3 if view.shape[3] >= view.shape[2] else 2
+    columns = view.shape[axis]
+    if parts == 1 or columns < parts:
+        return view
+    start, end = columns * part // parts, columns * (part + 1) // parts
+    return view.narrow(axis, start, end - start)
+
+
+def _shifted(covariance: Tensor) -> Tensor:
+    """C + 100 eps of its mean eigenvalue: directions that no gradient has seen stay, instead of turning by rounding."""
+    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    shifted = covariance.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(mean, alpha=100 * torch.finfo(covariance.dtype).eps)
+    return shifted
 
 
 def _rotation_size(q: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from teleport_fast.ops.grad_norm_objective import grad_norm_objective
 from teleport_fast.ops.gram_difference import gram_difference
 from teleport_fast.ops.group_action import group_action, group_action_
 from teleport_fast.ops.matrix_exp import matrix_exp, matrix_exp_pair
+from teleport_fast.ops.orthogonal_iteration import orthogonal_iteration_
 from teleport_fast.ops.permutation_action import permutation_action_
 from teleport_fast.ops.rotate_step import rotate_step_
 from teleport_fast.ops.square_sums import square_sums
@@ -25,6 +26,7 @@ __all__ = [
     "group_action_",
     "matrix_exp",
     "matrix_exp_pair",
+    "orthogonal_iteration_",
     "permutation_action_",
     "rotate_step_",
     "square_sums",

@@ -129,6 +129,18 @@ def _widest(op: str, float64: bool) -> int:
     return widest
 
 
+def _isa() -> str:
+    """The instruction set of the C++ kernels; empty without them."""
+    return str(torch.ops.teleport_fast_cpp.isa()) if availability("cpp") is True else ""
+
+
+def layout_of(tensors: Sequence[Tensor]) -> str:
+    """"columns" where every (heads, h, …) tensor's rows are neighbours in memory, as a layer that reads a joint stores
+    them; "rows" where no one's are; empty where both occur."""
+    kinds = {t.stride(1) == 1 and t.shape[1] > 1 for t in tensors}
+    return "" if len(kinds) > 1 else "columns" if kinds.pop() else "rows"
+
+
 class Op:
     """The implementations of one op, all with the signature of its reference; the others are found by the op's name.
 
@@ -138,6 +150,8 @@ class Op:
 
     def __init__(self, name: str, reference: Callable[..., Any]) -> None:
         self.name, self.reference = name, reference
+        rows = [key for machine in _PREFERENCES["ops"].get(name, {}).values() for key in machine]
+        self._by_layout = any(key.endswith(("/rows", "/columns")) for key in rows)
         self._choose = lru_cache(maxsize=1024)(self._choose_uncached)
 
     def can_use(self, backend: str, device: str, dtypes: frozenset[torch.dtype], size: int = 0) -> bool | str:
@@ -157,15 +171,17 @@ class Op:
             return f"its kernel holds widths up to {widest} in this device's shared memory, got {size}; plain torch takes any"
         return True
 
-    def prefer(self, device: str, dtypes: frozenset[torch.dtype], size: int) -> list[str]:
+    def prefer(self, device: str, dtypes: frozenset[torch.dtype], size: int, layout: str = "") -> list[str]:
         """Backends, fastest first, for this size: what preferences.json says, the reference last.
 
-        The table's key is "device/dtype" or "device"; each of its rows holds up to a largest size (null: any).
+        The table's keys are the instruction set of the C++ kernels ("cpu" where it does not matter) or another device,
+        then "dtype/layout", "dtype" or "any"; each of its rows holds up to a largest size (null: any). Where nothing was
+        measured nothing is preferred.
         """
         table = _PREFERENCES["ops"].get(self.name, {})
+        machine = table.get(_isa() if device == "cpu" else device) or (table.get("cpu", {}) if device == "cpu" else {})
         dtype = str(next(iter(dtypes))).removeprefix("torch.") if len(dtypes) == 1 else "mixed"
-        rows = table.get(f"{device}/{dtype}") or table.get(device) or []
-        for row in rows:
+        for row in machine.get(f"{dtype}/{layout}") or machine.get(dtype) or machine.get("any") or []:
             if row["up_to"] is None or size <= row["up_to"]:
                 return [*row["backends"], "reference"]
         return ["reference"]
@@ -176,15 +192,16 @@ class Op:
         size: the number that decides which backend is fastest, the one the op's rows of preferences.json speak of.
         Errors: RuntimeError if the backend asked for cannot be used on these tensors.
         """
-        return self._choose(current_backend(), tensors[0].device.type, frozenset([t.dtype for t in tensors]), size)
+        layout = layout_of(tensors) if self._by_layout else ""
+        return self._choose(current_backend(), tensors[0].device.type, frozenset([t.dtype for t in tensors]), size, layout)
 
-    def _choose_uncached(self, asked: str, device: str, dtypes: frozenset[torch.dtype], size: int) -> Any:
+    def _choose_uncached(self, asked: str, device: str, dtypes: frozenset[torch.dtype], size: int, layout: str = "") -> Any:
         if asked != "auto":
             reason = self.can_use(asked, device, dtypes, size)
             if reason is not True:
                 raise RuntimeError(f"backend {asked!r} cannot compute {self.name}: {reason}; use set_backend('auto')")
             return self._kernel(asked)
-        order = self.prefer(device, dtypes, size)
+        order = self.prefer(device, dtypes, size, layout)
         return next(self._kernel(name) for name in order if self.can_use(name, device, dtypes, size) is True)
 
     def _kernel(self, backend: str) -> Any:

@@ -31,6 +31,7 @@ def rotate_step_(
     beta2: float = 0.98,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    nesterov: bool = False,
 ) -> None:
     """Step `base` in the bases L, R and come back, in place: G' = L G Rᵀ, A ← (1 − lr·weight_decay) A − lr Lᵀ U R.
 
@@ -42,6 +43,7 @@ def rotate_step_(
     moments are kept. m ← β₁ m + (1 − β₁) G', and U by `base`:
     "adam": v ← β₂ v + (1 − β₂) G'², U = m / (1 − β₁^step) / (√(v / (1 − β₂^step)) + eps);
     "sign": U = sign m; "row_norm": each row of m over its root mean square + eps; both take second_moments=[].
+    nesterov: U is made of β₁ m + (1 − β₁) G' in m's place, corrected by 1 − β₁^(step + 1): but for that NAdam (Dozat, 2016).
     `step` counts this step, from 1. Gradients and bases are read only. No two views may share an entry. That the bases are
     orthogonal is not checked. Errors: TypeError and ValueError naming argument and value; RuntimeError if gradients are
     being recorded. Source: math.md section 5, arXiv 2602.09006; checked by tests/ops/test_rotate_step.py.
@@ -74,7 +76,7 @@ def rotate_step_(
         )
     changed = [*parameters, *first_moments, *second_moments]
     check_in_place("rotate_step_", changed)
-    numbers = (float(step), float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
+    numbers = (float(step), float(lr), float(beta1), float(beta2), float(eps), float(weight_decay), bool(nesterov))
     arguments = (parameters, gradients, first_moments, second_moments, turns[0], turns[1], BASES.index(base), *numbers)
     if direct([*changed, *gradients, *turns[0], *turns[1]]):
         _run_(*arguments)
@@ -136,10 +138,20 @@ def turn(G: Tensor, left: Tensor | None, right: Tensor | None, back: bool = Fals
 
 
 def base_map_(
-    G: Tensor, m: Tensor, v: Tensor | None, base: int, step: float, beta1: float, beta2: float, eps: float
+    G: Tensor,
+    m: Tensor,
+    v: Tensor | None,
+    base: int,
+    step: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nesterov: bool = False,
 ) -> Tensor:
     """U, once m and v have taken up the turned gradient in place."""
     m.lerp_(G, 1 - beta1)
+    if nesterov:
+        m = m.lerp(G, 1 - beta1)
     if BASES[base] == "sign":
         return m.sign()
     if BASES[base] == "row_norm":
@@ -147,7 +159,7 @@ def base_map_(
     assert v is not None
     v.mul_(beta2).addcmul_(G, G, value=1 - beta2)
     denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    return torch.div(m, denominator, out=denominator).div_(1 - beta1**step)
+    return torch.div(m, denominator, out=denominator).div_(1 - beta1 ** (step + nesterov))
 
 
 def reference_(
@@ -164,6 +176,7 @@ def reference_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> None:
     """The formula, in plain torch; `left` and `right` may be empty, `base` is a place in BASES."""
     dtype = accumulation_dtype(parameters[0].dtype)
@@ -173,7 +186,7 @@ def reference_(
         A, m, *rest = (tensor.flatten(2).to(dtype) for tensor in changed)
         L, R = left[i] if left else None, right[i] if right else None
         G = turn(gradients[i].flatten(2).to(dtype), L, R)
-        U = base_map_(G, m, rest[0] if rest else None, base, step, beta1, beta2, eps)
+        U = base_map_(G, m, rest[0] if rest else None, base, step, beta1, beta2, eps, nesterov)
         A.mul_(1 - lr * weight_decay).add_(turn(U, L, R, back=True), alpha=-lr)
         for tensor, value in zip(changed, (A, m, *rest), strict=True):
             if value.data_ptr() != tensor.data_ptr():
@@ -197,6 +210,7 @@ def _run_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> None:
     dtype = accumulation_dtype(parameters[0].dtype)
     # A basis that stands for several parameters is converted once.
@@ -204,7 +218,7 @@ def _run_(
     turns = [[converted[id(basis)] for basis in bases] for bases in (left, right)]
     width = max([1, *(bases[0].shape[-1] for bases in turns if bases)])
     lists = (parameters, gradients, first_moments, second_moments)
-    _OP.choose(parameters, size=width)(*lists, *turns, base, step, lr, beta1, beta2, eps, weight_decay)
+    _OP.choose(parameters, size=width)(*lists, *turns, base, step, lr, beta1, beta2, eps, weight_decay, nesterov)
 
 
 _op_ = torch.library.custom_op(
@@ -213,7 +227,7 @@ _op_ = torch.library.custom_op(
     mutates_args=("parameters", "first_moments", "second_moments"),
     schema="(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
     "Tensor[] left, Tensor[] right, int base, float step, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay) -> ()",
+    "float weight_decay, bool nesterov) -> ()",
 )
 
 

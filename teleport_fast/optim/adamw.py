@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.gradients import clip_
 from teleport_fast.objectives import Objective
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
@@ -42,12 +43,13 @@ class DeferringTeleporter(Teleporter):
         gradients: dict[str, Tensor],
         everything: dict[str, Tensor],
         serving: list[tuple[int, Bucket]],
+        void: Tensor | None,
     ) -> None:
         self._everything, names = everything, set[str]()
         for index, bucket in reversed(serving):
             self._later[index] = set(names)
             names.update(bucket.parameters())
-        super()._teleport(parameters, gradients, everything, serving)
+        super()._teleport(parameters, gradients, everything, serving, void)
         self._everything = {}
 
     def _go(
@@ -82,22 +84,31 @@ class DeferringTeleporter(Teleporter):
         return found
 
     def _measure(self, bucket: Bucket, element: Element, names: set[str], parameters: dict[str, Tensor]) -> None:
-        """Moved copies of what the record's second value reads, since the tensors themselves move later."""
+        """Moved copies of what the record's second value and `max_norm` read, since the tensors themselves move later."""
         on_parameters = self.objective.measures == "parameters"
-        tensors = parameters if on_parameters else self._everything
+        if on_parameters:
+            self._move_copies(bucket, element, names, parameters, 1.0)
+        if not on_parameters or self.max_norm is not None:
+            self._move_copies(bucket, element, names, self._everything, -1.0)
+
+    @staticmethod
+    def _move_copies(bucket: Bucket, element: Element, names: set[str], tensors: dict[str, Tensor], sign: float) -> None:
         for name in names:
             tensors[name] = tensors[name].clone()
         for rows, side, view in _views(bucket, names):
-            exponent = side * view.power * (1.0 if on_parameters else -1.0)
-            shift = view.shift if on_parameters else 0.0
-            diagonal_action_([view.of(tensors[view.parameter])], element.g[rows], [exponent], [shift])
+            shift = view.shift if sign > 0 else 0.0
+            diagonal_action_([view.of(tensors[view.parameter])], element.g[rows], [sign * side * view.power], [shift])
+
+    def _clip(self, everything: dict[str, Tensor]) -> None:
+        """By the norm of the moved copies, since the step moves what is left to it by the same factors."""
+        clip_(self.plan.gradients(self.optimizer).values(), everything, self.max_norm)
 
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, teleported as by `attach`, with diagonal moves and the step in one pass by `teleport_adamw_`.
 
     params, lr, betas, eps, weight_decay: torch's. symmetries: `find_symmetries(model)`, or None for plain AdamW;
-    objective, schedule, radius, direction, second_moments, on_teleport, seed: those of `attach`, in the frame "stay".
+    objective, schedule, radius, direction, second_moments, on_teleport, seed, max_norm: those of `attach`, in the frame "stay".
     Fused are diagonal moves of parameters that a joint holds whole and that no other joint moves after; gradients of
     these stay as backward left them. `.teleporter` is the engine. state_dict is torch.optim.AdamW's, both ways. Copies
     would teleport no more and are refused. Errors: those of torch.optim.AdamW and `attach`. Source: math.md sections 3
@@ -125,6 +136,7 @@ class AdamW(torch.optim.AdamW):
         second_moments: str = "keep",
         on_teleport: Callable[[TeleportRecord], object] | None = None,
         seed: int = 0,
+        max_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
         self.teleporter: DeferringTeleporter | None = None
@@ -141,6 +153,7 @@ class AdamW(torch.optim.AdamW):
                 second_moments,
                 on_teleport,
                 seed,
+                max_norm,
             )
 
     @torch.no_grad()

@@ -26,16 +26,27 @@ class Assigned:
         self._groups: list[list[Assignment]] = []
         self._owners: dict[Owner, Owner] = {}
         self._by_key: dict[Key, Owner] = {}
+        self._ids: list[list[int]] | None = []
 
-    def extend(self, groups: list[dict[str, Any]]) -> None:
-        """Decide the sides of groups that were added since the last time."""
-        if len(self._groups) == len(groups):
-            return
+    def extend(self, groups: list[dict[str, Any]]) -> bool:
+        """Decide the sides of groups that were added since the last time; whether others were removed or reordered.
+
+        Errors: ValueError where a parameter left whose state holds a basis that others share.
+        """
+        ids = [[id(parameter) for parameter in group["params"]] for group in groups]
+        if ids == self._ids:
+            return False
+        before = ids[: len(self._groups)] if self._ids is None else self._ids  # a copy's places are the original's
+        known = {number: (g, i) for g, row in enumerate(before) for i, number in enumerate(row)}
+        moved = {known[n]: (g, i) for g, row in enumerate(ids) for i, n in enumerate(row) if n in known}
+        rearranged = ids[: len(before)] != before
+        if rearranged:
+            self._check_owners(moved)
         names = self._names()
         fresh = [
             [self._entry(group, g, i, p, names) for i, p in enumerate(group["params"])]
             for g, group in enumerate(groups)
-            if g >= len(self._groups)
+            if any(number not in known for number in ids[g])
         ]
         if self.width is None:
             self.width = stream_width(
@@ -46,9 +57,37 @@ class Assigned:
                     if wanted and not (plain(name) in self.known.tables or (named and is_table(name)))
                 ]
             )
-        for entries in fresh:
-            self._groups.append(assign(entries, self.known, self.rules, self.width))
+        decided = iter([assign(entries, self.known, self.rules, self.width) for entries in fresh])
+        made = [[] if all(number in known for number in row) else next(decided) for row in ids]
+        self._groups = [
+            [self._at(known[n]) if n in known else made[g][i] for i, n in enumerate(row)] for g, row in enumerate(ids)
+        ]
+        if rearranged:
+            self._owners = {
+                (*moved[g, i], axis): (*moved[owner[:2]], owner[2])
+                for (g, i, axis), owner in self._owners.items()
+                if (g, i) in moved
+            }
+            held = {key: owner for key, owner in self._by_key.items() if owner[:2] in moved}
+            self._by_key = {key: (*moved[owner[:2]], owner[2]) for key, owner in held.items()}
+        self._ids = ids
         self._own(groups)
+        return rearranged
+
+    def _at(self, place: Place) -> Assignment:
+        return self._groups[place[0]][place[1]]
+
+    def _check_owners(self, moved: dict[Place, Place]) -> None:
+        for (g, i, _), (holder, at, _) in self._owners.items():
+            if (g, i) in moved and (holder, at) not in moved:
+                name, gone = self._groups[g][i].name, self._groups[holder][at].name
+                raise ValueError(
+                    f"{gone!r} left the optimizer, and its state holds a basis that {name!r} turns in; keep its group, "
+                    f"with lr=0, or make a new Rotated"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ids": None}
 
     def _names(self) -> dict[int, str]:
         """Names by identity, for plain parameters of the model on which symmetries were found."""
@@ -90,6 +129,7 @@ class Assigned:
                 made.append(part)
                 assigned.append([assignments[i] for i in chosen])
         self._groups, self._owners, self._by_key = assigned, {}, {}
+        self._ids = [[id(parameter) for parameter in group["params"]] for group in made]
         self._own(made)
         return made
 

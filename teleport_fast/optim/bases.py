@@ -1,35 +1,14 @@
-"""The bases of `Rotated`: one warm step of orthogonal iteration, by Householder's or the Cholesky factor's QR."""
+"""The bases of `Rotated` off the CPU: one warm step of orthogonal iteration, by the Cholesky factor's or Householder's QR."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from teleport_fast.ops.orthogonal_iteration import householder, images
+
 # ‖Q Qᵀ − I‖ after the first of two Cholesky passes above which the second is not trusted to finish the work.
 WELL_CONDITIONED = 0.1
-
-
-def images(covariance: Tensor, basis: Tensor) -> Tensor:
-    """R C, up to a shift; both (batch, h, h), rows of `basis` are the basis vectors.
-
-    The shift, 100 eps of C's mean eigenvalue, keeps directions that no gradient has seen near where they are, instead of
-    letting rounding choose them; with C = 0 the basis is its own image.
-    """
-    info = torch.finfo(basis.dtype)
-    mean = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return torch.baddbmm(basis * (100 * info.eps * mean + info.tiny / info.eps), basis, covariance)
-
-
-def householder(rows: Tensor) -> Tensor:
-    """Orthonormal rows that span what the rows before span, each on the side of its row; (batch, h, h).
-
-    >>> found = householder(torch.tensor([[[2.0, 0.0], [1.0, -3.0]]]))
-    >>> torch.allclose(found, torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), atol=1e-6)
-    True
-    """
-    q, r = torch.linalg.qr(rows.mT)
-    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
-    return q.mul_(signs.unsqueeze(-2)).mT
 
 
 def cholesky_qr(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 
 from teleport_fast.ops.checks import accumulation_dtype
-from teleport_fast.ops.covariance import covariance_
+from teleport_fast.ops.covariance import NORMALISE, covariance_
 from teleport_fast.ops.group_action import group_action_
+from teleport_fast.ops.orthogonal_iteration import orthogonal_iteration_
 from teleport_fast.optim.assigned import Owner
 from teleport_fast.optim.bases import next_basis
 from teleport_fast.optim.sides import Side
+from teleport_fast.state import SECOND_MOMENTS
 
 AXES = ("rows", "columns")
-# Devices where Householder's QR is no slower than the Cholesky factor's: on a CPU 0.8 to 0.9 of its time (h 64 to 512).
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# Devices where Householder's QR is no slower than the Cholesky factor's.
 HOUSEHOLDER = ("cpu",)
+# Fewest columns of a gradient that a covariance takes up, and what their bounds are multiples of.
+LEAST_PART, PART_STEP = 32, 16
 State = Mapping[Tensor, dict[str, Any]]
 Members = dict[Owner, list[tuple[Owner, Side]]]
 Groups = list[dict[str, Any]]
@@ -29,14 +34,42 @@ def view_of(tensor: Tensor, axis: int, heads: int) -> Tensor:
     >>> view_of(torch.ones(6, 4), 0, 2).shape, view_of(torch.ones(6, 4), 1, 1).shape
     (torch.Size([2, 3, 4]), torch.Size([1, 4, 6]))
     """
-    return (tensor if axis == 0 else tensor.mT).unflatten(0, (heads, -1))
+    # one call: an mT and an unflatten take three times as long, and a step makes hundreds of views
+    step, inner = tensor.stride(axis), tensor.stride(1 - axis)
+    width = tensor.shape[axis] // heads
+    return tensor.as_strided((heads, width, tensor.shape[1 - axis]), (width * step, step, inner))
+
+
+def part_of(view: Tensor, parts: int, turn: int) -> Tensor:
+    """Columns of a (heads, h, n) view, number `turn` of `parts` in turn; of fewer parts where they would be too narrow.
+
+    >>> part_of(torch.ones(1, 8, 128), 3, 4).shape, part_of(torch.ones(1, 8, 40), 3, 4).shape
+    (torch.Size([1, 8, 48]), torch.Size([1, 8, 40]))
+    """
+    n = view.shape[2]
+    parts = min(parts, n // LEAST_PART)
+    if parts < 2:
+        return view
+    part = turn % parts
+    first, end = (n * at // parts // PART_STEP * PART_STEP if at < parts else n for at in (part, part + 1))
+    return view[:, :, first:end]
 
 
 class Refresh:
-    """Every side's covariance takes up each gradient; every `every` of them its basis turns, and first moments with it."""
+    """Every side's covariance takes up a part of each gradient; every `every` of them its basis turns, moments with it."""
 
-    def __init__(self, every: int, hidden_every: int, decay: float, basis_dtype: torch.dtype | None) -> None:
-        for name, value in (("every", every), ("hidden_every", hidden_every)):
+    def __init__(
+        self,
+        every: int,
+        hidden_every: int,
+        covariance_parts: int,
+        decay: float,
+        basis_dtype: torch.dtype | None,
+        normalise: str = "tensor",
+        second_moments: str = "keep",
+    ) -> None:
+        counts = {"every": every, "hidden_every": hidden_every, "covariance_parts": covariance_parts}
+        for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; 3 is the default")
         if not 0 <= decay < 1:
@@ -45,7 +78,15 @@ class Refresh:
             raise ValueError(
                 f"basis_dtype must be None, torch.float32 or torch.bfloat16, got {basis_dtype}; pass one of these"
             )
-        self.every, self.hidden_every, self.decay, self.basis_dtype = every, hidden_every, decay, basis_dtype
+        choices = (("normalise", normalise, NORMALISE), ("second_moments", second_moments, SECOND_MOMENTS))
+        for name, chosen, allowed in choices:
+            if chosen not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {chosen!r}; {allowed[0]!r} is the default"
+                )
+        self.every, self.hidden_every, self.covariance_parts = every, hidden_every, covariance_parts
+        self.decay, self.basis_dtype = decay, basis_dtype
+        self.normalise, self.second_moments = normalise, second_moments
         # (flags on their way to the host, the event after which they are there) by owner; only off the CPU
         self._pending: dict[Owner, tuple[Tensor, Any]] = {}
 
@@ -72,30 +113,42 @@ class Refresh:
         """
         due: dict[tuple[Any, ...], list[Owner]] = {}
         moments: dict[Owner, list[Tensor]] = {}
+        squares: dict[Owner, list[Tensor]] = {}
+        for owner, sides in members.items():
+            holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
+            if f"{axis}_basis" not in state[holder]:
+                _begin(state[holder], axis, sides[0][1], holder.device, self.dtype_for(holder))
+        count_up_([state[groups[g]["params"][i]][f"{AXES[axis]}_age"] for g, i, axis in members])
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
             views = [view_of(groups[g]["params"][i].grad, a, side.heads) for (g, i, a), side in sides]
             entry = state[holder]
-            if f"{axis}_basis" not in entry:
-                _begin(entry, axis, views[0], self.dtype_for(holder))
-            _observe_(entry[f"{axis}_covariance"], views, self.decay, accumulation_dtype(holder.dtype))
-            entry[f"{axis}_age"] += 1
             age = int(entry[f"{axis}_age"])
+            views = [part_of(view, self.covariance_parts, age - 1) for view in views]
+            dtype = accumulation_dtype(holder.dtype)
+            _observe_(entry[f"{axis}_covariance"], views, self.decay, dtype, self.normalise)
             period = self.hidden_every if sides[0][1].kind == "hidden" else self.every
             if age % period == 0:
                 basis = entry[f"{axis}_basis"]
                 # a first basis is cold, and its images are far from orthogonal
                 cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
-                moments[owner] = [
-                    view_of(state[parameter]["exp_avg"], a, side.heads)
-                    for (g, i, a), side in everyone[owner]
-                    if "exp_avg" in state.get(parameter := groups[g]["params"][i], {})
-                ]
-                key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]))
+                moments[owner] = _views("exp_avg", groups, state, everyone[owner])
+                squares[owner] = _views("exp_avg_sq", groups, state, everyone[owner])
+                key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]), len(squares[owner]))
                 due.setdefault(key, []).append(owner)
-        for (shape, dtype, _, by_householder, _), owners in due.items():
+        for (shape, dtype, _, by_householder, _, _), owners in due.items():
             turning = [view for owner in owners for view in moments[owner]]
-            self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
+            turn = self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
+            if self.second_moments == "project":
+                group_action_(
+                    [view for owner in owners for view in squares[owner]], [], turn.square(), joints=len(owners)
+                )
+        if self.second_moments == "reset":
+            for owner in moments:
+                for g, i, _ in (place for place, _ in everyone[owner]):
+                    for value in (state.get(groups[g]["params"][i], {}).get(key) for key in MOMENTS):
+                        if value is not None:
+                            value.zero_()
 
     def _turn_(
         self,
@@ -106,17 +159,27 @@ class Refresh:
         heads: int,
         dtype: torch.dtype,
         by_householder: bool,
-    ) -> None:
+    ) -> Tensor:
+        """Turn the owners' bases and these moments; the turn, (owners·heads, h, h)."""
         entries = [(state[groups[g]["params"][i]], AXES[axis]) for g, i, axis in owners]
-        before = torch.cat([entry[f"{axis}_basis"] for entry, axis in entries]).to(dtype)
-        covariance = torch.cat([entry[f"{axis}_covariance"] for entry, axis in entries]).to(dtype)
-        after, ill = next_basis(covariance, before, by_householder)
-        for index, (owner, (entry, axis)) in enumerate(zip(owners, entries, strict=True)):
-            rows = slice(index * heads, (index + 1) * heads)
-            entry[f"{axis}_basis"].copy_(after[rows])
-            if before.device.type not in HOUSEHOLDER:
+        bases = [entry[f"{axis}_basis"] for entry, axis in entries]
+        covariances = [entry[f"{axis}_covariance"].to(dtype) for entry, axis in entries]
+        if bases[0].device.type in HOUSEHOLDER:
+            wide = [basis.to(dtype) for basis in bases]
+            turns = orthogonal_iteration_(wide, covariances)
+            for basis, found in zip(bases, wide, strict=True):
+                if found is not basis:
+                    basis.copy_(found)
+        else:
+            before = torch.cat(bases).to(dtype)
+            after, ill = next_basis(torch.cat(covariances), before, by_householder)
+            for index, (owner, (entry, axis)) in enumerate(zip(owners, entries, strict=True)):
+                rows = slice(index * heads, (index + 1) * heads)
+                entry[f"{axis}_basis"].copy_(after[rows])
                 self._send(owner, entry, axis, ill[rows].any())
-        group_action_(moments, [], after @ before.mT, joints=len(owners))
+            turns = after @ before.mT
+        group_action_(moments, [], turns, joints=len(owners))
+        return turns
 
     def _send(self, owner: Owner, entry: dict[str, Any], axis: str, ill: Tensor) -> None:
         """Keep the flag, and let it travel: the next refresh finds it on the host without waiting."""
@@ -140,18 +203,32 @@ class Refresh:
         return {**self.__dict__, "_pending": {}}
 
 
-def _begin(entry: dict[str, Any], axis: str, view: Tensor, dtype: torch.dtype) -> None:
-    heads, width = view.shape[:2]
-    eye = torch.eye(width, dtype=dtype, device=view.device)
-    entry[f"{axis}_basis"] = eye.expand(heads, width, width).clone()
-    entry[f"{axis}_covariance"] = torch.zeros(heads, width, width, dtype=dtype, device=view.device)
+def count_up_(counters: list[Tensor]) -> None:
+    """One more, of all in one call."""
+    if counters:
+        torch._foreach_add_(counters, 1.0)
+
+
+def _begin(entry: dict[str, Any], axis: str, side: Side, device: torch.device, dtype: torch.dtype) -> None:
+    eye = torch.eye(side.width, dtype=dtype, device=device)
+    entry[f"{axis}_basis"] = eye.expand(side.heads, *eye.shape).clone()
+    entry[f"{axis}_covariance"] = torch.zeros_like(entry[f"{axis}_basis"])
     entry[f"{axis}_age"] = torch.zeros((), dtype=torch.float32)
 
 
-def _observe_(covariance: Tensor, views: list[Tensor], decay: float, dtype: torch.dtype) -> None:
+def _views(key: str, groups: Groups, state: State, sides: list[tuple[Owner, Side]]) -> list[Tensor]:
+    """Views of this state of all the sides' parameters that have it."""
+    return [
+        view_of(state[parameter][key], a, side.heads)
+        for (g, i, a), side in sides
+        if key in state.get(parameter := groups[g]["params"][i], {})
+    ]
+
+
+def _observe_(covariance: Tensor, views: list[Tensor], decay: float, dtype: torch.dtype, normalise: str) -> None:
     wide = covariance if covariance.dtype in (torch.float32, torch.float64) else covariance.to(dtype)
     if wide.dtype == torch.float32:
         views = [view.float() if view.dtype == torch.float64 else view for view in views]
-    covariance_(wide, views, decay)
+    covariance_(wide, views, decay, normalise=normalise)
     if wide is not covariance:
         covariance.copy_(wide)

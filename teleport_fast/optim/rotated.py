@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.called import full_precision
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
 from teleport_fast.optim.plain_adamw import plain_adamw_
-from teleport_fast.optim.refresh import AXES, Refresh, view_of
+from teleport_fast.optim.refresh import AXES, Refresh, count_up_, view_of
 from teleport_fast.optim.sides import Known, Rules
 from teleport_fast.optim.table import Line, Memory, memory_of, render
 from teleport_fast.optim.turned_step import BASES, step_bucket_
@@ -29,11 +30,16 @@ class Rotated(Optimizer):
     with `rotate=False` is AdamW's. symmetries: `find_symmetries(model)`, which tells heads and stream for certain.
     base: "adam", "sign", "row_norm" or "sinkhorn", per group. Per side of a matrix: stream: one basis per "matrix", per
     reading "site" (q, k, v; gate, up), per "layer", one for the "model", or "none"; heads: one per attention head;
-    hidden: the MLP's inner side, dearer and better; sides: {name pattern: (rows, columns)} of "stream", "heads:N",
-    "hidden", "whole", "none", before all rules; max_side: a wider side is not turned. Bases turn every `every` steps,
+    hidden: the MLP's inner side in bases of about this width (its largest divisor up to there), True: in one basis,
+    dearest and best, False: left; sides: {name pattern: (rows, columns)} of "stream",
+    "heads:N", "hidden", "whole", "none", before all rules; max_side: a wider basis is not made. Bases turn every `every` steps,
     hidden ones every `hidden_every` (None: as often), by one step of orthogonal iteration on
-    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖². basis_dtype: float32 (float64 for float64 parameters) or bfloat16.
-    match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW steps.
+    C ← decay·C + (1 − decay) Σ G Gᵀ/‖G‖², of which each step takes one of covariance_parts runs of G's columns, in turn;
+    normalise: by the "tensor"'s own ‖G‖², by that of the whole "joint" (all of a basis), or "none". second_moments at a
+    turn: "keep", "project" (by the turn's squares) or "reset" (first ones too). basis_dtype: float32 (float64 for
+    float64 parameters) or bfloat16. nesterov: the step looks one gradient ahead, β₁ m + (1 − β₁) G' in m's place, per
+    group. match_rms: scale every matrix's update to this root mean square. table_lr: a rate of its own for what AdamW
+    steps.
     skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
     rows_basis, rows_covariance (heads, h, h), rows_age, and the same for columns. `table()` and `memory()` say it all.
@@ -42,8 +48,10 @@ class Rotated(Optimizer):
 
     >>> optimizer = Rotated([("up.weight", torch.nn.Parameter(torch.ones(8, 4)))], lr=0.006)
     >>> print(optimizer.table().splitlines()[2])
-    up.weight  8 x 4  -     stream 4  rows: hidden=False
+    up.weight  8 x 4  hidden 8  stream 4
     """
+
+    teleports_itself = True
 
     def __init__(
         self,
@@ -57,13 +65,17 @@ class Rotated(Optimizer):
         symmetries: Symmetries | None = None,
         stream: str = "matrix",
         heads: bool = True,
-        hidden: bool = False,
+        hidden: bool | int = 64,
         sides: Mapping[str, tuple[str, str]] | None = None,
         every: int = 3,
         hidden_every: int | None = None,
+        covariance_parts: int = 3,
         decay: float = 0.95,
+        normalise: str = "tensor",
+        second_moments: str = "keep",
         max_side: int = 4096,
         basis_dtype: torch.dtype | None = None,
+        nesterov: bool = True,
         match_rms: float | None = None,
         table_lr: float | None = None,
         skip_nonfinite: bool = True,
@@ -74,11 +86,12 @@ class Rotated(Optimizer):
             )
         if table_lr is not None and not table_lr >= 0:
             raise ValueError(f"table_lr must be at least 0, got {table_lr}; 0.01 is usual for embeddings and head")
-        self._refresh = Refresh(every, every if hidden_every is None else hidden_every, decay, basis_dtype)
+        hidden_every = every if hidden_every is None else hidden_every
+        self._refresh = Refresh(every, hidden_every, covariance_parts, decay, basis_dtype, normalise, second_moments)
         rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
         self.skip_nonfinite = skip_nonfinite
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "base": base, "match_rms": match_rms, "rotate": True})
         self._assigned.extend(self.param_groups)
         if table_lr is not None:
@@ -119,7 +132,8 @@ class Rotated(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._assigned.extend(self.param_groups)
+        if self._assigned.extend(self.param_groups):
+            self._refresh.forget()
         places = [
             (g, i)
             for g, group in enumerate(self.param_groups)
@@ -137,9 +151,10 @@ class Rotated(Optimizer):
         turned = [place for place in places if self._assigned.of(*place).turned]
         for g, i in turned:
             self._begin(self.param_groups[g]["params"][i], self.param_groups[g]["base"])
-        self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
-        self._step_turned(turned)
-        self._step_rest([place for place in places if not self._assigned.of(*place).turned])
+        with full_precision({self.param_groups[g]["params"][i].device.type for g, i in places}):
+            self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
+            self._step_turned(turned)
+            self._step_rest([place for place in places if not self._assigned.of(*place).turned])
         return loss
 
     def _all_finite(self, places: list[Place]) -> bool:
@@ -174,6 +189,7 @@ class Rotated(Optimizer):
 
     def _step_turned(self, places: list[Place]) -> None:
         buckets: dict[tuple[Any, ...], list[tuple[Tensor, int, int, list[Tensor | None]]]] = {}
+        count_up_([self.state[self.param_groups[g]["params"][i]]["step"] for g, i in places])
         for g, i in places:
             group, parameter, sides = (
                 self.param_groups[g],
@@ -182,23 +198,23 @@ class Rotated(Optimizer):
             )
             assert sides is not None
             state = self.state[parameter]
-            state["step"] += 1
             bases = [self._refresh.basis(self.param_groups, self.state, self._assigned.owner(g, i, a)) for a in (0, 1)]
-            # heads go to the left: only there may a basis be one per head
-            left = 1 if sides[1].heads > 1 else 0
+            # the side with more heads goes to the left, which takes them in one view
+            left = 1 if sides[1].heads > sides[0].heads else 0
             numbers = (
                 float(state["step"]),
                 float(group["lr"]),
                 tuple(group["betas"]),
                 group["eps"],
                 group["weight_decay"],
+                bool(group["nesterov"]),
             )
             shape = tuple(view_of(parameter, left, sides[left].heads).shape)
-            turns = tuple(basis is not None for basis in bases)
-            key = (shape, turns, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
+            blocks = (basis is not None and len(basis) for basis in bases)
+            key = (shape, *blocks, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
             buckets.setdefault(key, []).append((parameter, left, sides[left].heads, bases))
-        for (_, _, _, _, base, match_rms, numbers), run in buckets.items():
-            step, lr, betas, eps, weight_decay = numbers
+        for (*_, base, match_rms, numbers), run in buckets.items():
+            step, lr, betas, eps, weight_decay, nesterov = numbers
             states = [self.state[p] for p, *_ in run]
             places_of = [(left, heads) for _, left, heads, _ in run]
 
@@ -213,13 +229,14 @@ class Rotated(Optimizer):
                 views([state["exp_avg"] for state in states]),
                 views([state["exp_avg_sq"] for state in states]) if base == "adam" else [],
                 [basis for basis in left_bases if basis is not None] or None,
-                [basis[0] for basis in right_bases if basis is not None] or None,
+                [basis for basis in right_bases if basis is not None] or None,
                 base=base,
                 step=step,
                 lr=lr,
                 betas=betas,
                 eps=eps,
                 weight_decay=weight_decay,
+                nesterov=nesterov,
                 match_rms=match_rms,
             )
 
@@ -242,6 +259,13 @@ class Rotated(Optimizer):
         for g, i, key, value in kept:
             self.state[self.param_groups[g]["params"][i]][key] = value
         self._refresh.forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state of AdamW, or an older one, lacks what only Rotated has
+            for key in ("base", "match_rms", "rotate"):
+                group.setdefault(key, self.defaults[key])
+            group.setdefault("nesterov", False)
 
     def _restored(self, key: str, value: Tensor, g: int, i: int) -> Tensor:
         """A copy in the dtype and on the device where this optimizer keeps it. Errors: ValueError for another shape."""

@@ -79,9 +79,14 @@ class Rules:
 
     stream: str = "matrix"
     heads: bool = True
-    hidden: bool = False
+    hidden: bool | int = 64
     max_side: int = 4096
     sides: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def block(self) -> int | None:
+        """The width that a hidden side's bases are to have; None for one basis."""
+        return None if isinstance(self.hidden, bool) else self.hidden
 
     def __post_init__(self) -> None:
         if self.stream not in STREAMS:
@@ -90,6 +95,10 @@ class Rules:
             )
         if self.max_side < 0:
             raise ValueError(f"max_side must be at least 0, got {self.max_side}; 4096 is the default")
+        if not isinstance(self.hidden, int) or (self.block is not None and self.block < 2):
+            raise ValueError(
+                f"hidden must be True, False or a width of at least 2, got {self.hidden!r}; 64 is the default"
+            )
         for pattern, pair in self.sides.items():
             if len(pair) != 2 or any(_parse(word) is None for word in pair):
                 raise ValueError(
@@ -131,18 +140,14 @@ def _assignment(
     if own is None and (plain(name) in known.tables or (named and is_table(name))):
         return Assignment(name, shape, None, "embedding or head")
     kind = role(name) if named else None
-    words = own or _words(plain(name), shape, kind, known, rules, width)
+    words = own or _words(plain(name), shape, kind, named, known, rules, width)
     rows, columns = (_side(words[axis], shape[axis], axis, name, kind, named, rules, own) for axis in (0, 1))
-    if rows.heads > 1 and columns.heads > 1:
-        raise ValueError(
-            f"sides of {name!r} must have heads on one axis at most, got {words}; give the other axis 'stream' or 'none'"
-        )
     reason = "" if rows.basis or columns.basis else f"rows: {rows.why}; columns: {columns.why}"
     return Assignment(name, shape, (rows, columns) if not reason else None, reason)
 
 
 def _words(
-    name: str, shape: tuple[int, ...], kind: str | None, known: Known, rules: Rules, width: int | None
+    name: str, shape: tuple[int, ...], kind: str | None, named: bool, known: Known, rules: Rules, width: int | None
 ) -> tuple[str, str]:
     """What each axis is, in the words of the argument `sides`."""
     found: list[str | None] = [None, None]
@@ -160,10 +165,24 @@ def _words(
             found[axis] = "stream"
     # heads whose number nobody told: one basis for all of them, as good and dearer
     attention = kind in ("attention", "attention-writer")
+    # an embedding without a name looks like an MLP's layer, and its rows are best left
+    inner = named or rules.hidden is True
     for axis in (0, 1):
         if found[axis] is None:
-            found[axis] = "whole" if attention and width is not None and shape[axis] <= width else "hidden"
+            found[axis] = (
+                "whole" if attention and width is not None and shape[axis] <= width else "hidden" if inner else "none"
+            )
     return found[0] or "none", found[1] or "none"
+
+
+def divisor_near(size: int, block: int) -> int | None:
+    """The largest divisor of `size` up to `block`; None where that is less than half of it.
+
+    >>> divisor_near(344, 64), divisor_near(48, 64), divisor_near(62, 30)
+    (43, 48, None)
+    """
+    found = next(width for width in range(min(size, block), 0, -1) if size % width == 0)
+    return found if 2 * found >= min(size, block) else None
 
 
 def _parse(word: str) -> tuple[str, int] | None:
@@ -196,6 +215,12 @@ def _side(
         "whole": "" if rules.heads or own else "heads=False",
     }[kind]
     width = size // heads
+    if kind == "hidden" and rules.block is not None and not off:
+        found = divisor_near(size, rules.block)
+        if found is None:
+            off = f"{size} has no divisor near hidden={rules.block}"
+        else:
+            heads, width = size // found, found
     if not off and width > rules.max_side:
         off = f"{width} is above max_side={rules.max_side}"
     if not off and width < 2:
@@ -210,7 +235,7 @@ def _side(
                 f"or stream='matrix'"
             )
         shared = {"site": lambda: site(name, role_of), "layer": lambda: layer(name), "model": lambda: "the stream"}
-        found = shared[rules.stream]()
+        group = shared[rules.stream]()
         # a matrix that is alone keeps a basis per side
-        basis = basis if found == name else f"{found}, {width} wide"
+        basis = basis if group == name else f"{group}, {width} wide"
     return Side(kind, heads, width, basis)

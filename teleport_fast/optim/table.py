@@ -81,8 +81,8 @@ def render(lines: Sequence[Line]) -> str:
 def _side(side: Side) -> str:
     if side.basis is None:
         return "-"
-    if side.kind == "heads":
-        return f"heads {side.heads} x {side.width}"
+    if side.kind == "heads" or side.heads > 1:
+        return f"{side.kind} {side.heads} x {side.width}"
     return f"{'all heads' if side.kind == 'whole' else side.kind} {side.width}"
 
 

@@ -52,8 +52,14 @@ class Element:
         """What moves an average of normalised gradients: of a diagonal the signs alone."""
         return Element(self.form, self.g.sign()) if self.form == "diagonal" else self
 
-    def is_finite(self) -> bool:
-        return not self.g.is_floating_point() or bool(torch.isfinite(self.g.sum()))
+    def finite(self) -> Tensor:
+        """Whether every entry is finite, a 0-d bool where the element lies."""
+        return torch.isfinite(self.g.sum())
+
+    def to(self, device: torch.device) -> Element:
+        """The element on another device, where the tensors lie that it moves."""
+        inverse = self.g_inverse_t
+        return self if self.g.device == device else Element(self.form, self.g.to(device), None if inverse is None else inverse.to(device))
 
     def squared(self) -> Element:
         """The element whose matrices have squared entries: it carries second moments of uncorrelated entries."""
@@ -79,8 +85,11 @@ class Split:
     def signs(self) -> Split:
         return Split(self.plus.signs(), self.minus.signs())
 
-    def is_finite(self) -> bool:
-        return self.plus.is_finite() and self.minus.is_finite()
+    def finite(self) -> Tensor:
+        return self.plus.finite() & self.minus.finite()
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.plus.to(device), self.minus.to(device))
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,13 @@ class DenseGroup(Group):
         """Q of `matrix = Q R` with diag R > 0, within the group's rotations; (heads, h, h)."""
         raise ValueError(f"{self} holds no rotations; use a joint whose group does")
 
+    def turn_to_eigenbasis(self, covariance: Tensor) -> Tensor:
+        """Q, a rotation of the group, towards the basis where Qᵀ C Q is diagonal, for C (heads, h, h) symmetric.
+
+        One step of orthogonal iteration from the present basis, which is what C is expressed in.
+        """
+        return self.orthogonal_factor(covariance)
+
     def scale_to(self, algebra: Tensor, radius: float, only_down: bool = False) -> Tensor:
         """`algebra` with every factor's norm set to `radius` (`only_down`: where it is larger); zero stays zero."""
         return algebra * _rescale(torch.linalg.matrix_norm(algebra, keepdim=True), radius, only_down)
@@ -140,12 +147,11 @@ class Orthogonal(DenseGroup):
     def orthogonal_factor(self, matrix: Tensor) -> Tensor:
         if not self.fixes_ones:
             return _positive_qr(matrix)
-        reflect = _ones_to_first(self.width, matrix)
-        inner = _positive_qr((reflect @ matrix @ reflect)[..., 1:, 1:])
+        inner = _positive_qr(_reflect_ones(matrix)[..., 1:, 1:])
         q = torch.zeros_like(matrix)
         q[..., 0, 0] = 1.0
         q[..., 1:, 1:] = inner
-        return reflect @ q @ reflect
+        return _reflect_ones(q)
 
     def inverse(self, g: Tensor) -> Tensor:
         return g.mT
@@ -234,6 +240,19 @@ class Rotary(DenseGroup):
         angle = torch.atan2(matrix[..., j, i].diagonal(dim1=-2, dim2=-1), first)
         return self._join(angle.cos(), angle.sin(), _positive_qr(matrix[..., self.rotary :, self.rotary :]))
 
+    def turn_to_eigenbasis(self, covariance: Tensor) -> Tensor:
+        """The best angle of every plane, at most π/4; the part that is not rotated takes a step of the iteration.
+
+        With [[a, b], [b, d]] the plane's covariance, tan 2θ = 2b / (a − d) makes it diagonal at once; of the two such
+        bases up to order the nearer one is taken (Jacobi's inner rotation), since second moments stay behind.
+        """
+        i, j = self._planes()
+        diagonal = covariance.diagonal(dim1=-2, dim2=-1)
+        spread = diagonal[..., i] - diagonal[..., j]
+        b = covariance[..., j, i].diagonal(dim1=-2, dim2=-1)
+        angle = torch.atan2(torch.where(spread < 0, -2 * b, 2 * b), spread.abs()) / 2
+        return self._join(angle.cos(), angle.sin(), _positive_qr(covariance[..., self.rotary :, self.rotary :]))
+
     def check(self, g: Tensor, heads: int, joint: str) -> Tensor:
         g = super().check(g, heads, joint)
         # the group is the invertible part of its own algebra, so membership is being one's own projection
@@ -260,10 +279,13 @@ def _positive_qr(matrix: Tensor) -> Tensor:
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
 
 
-def _ones_to_first(width: int, like: Tensor) -> Tensor:
-    """The Householder reflection that exchanges ones/√width and the first basis vector."""
+def _reflect_ones(matrix: Tensor) -> Tensor:
+    """H M H with the Householder reflection H that exchanges ones/√width and the first basis vector."""
+    width = matrix.shape[-1]
     if width == 1:
-        return torch.eye(1, dtype=like.dtype, device=like.device)
-    u = torch.full((width,), 1 / math.sqrt(width), dtype=like.dtype, device=like.device)
+        return matrix
+    u = torch.full((width,), 1 / math.sqrt(width), dtype=matrix.dtype, device=matrix.device)
     u[0] -= 1.0
-    return torch.eye(width, dtype=like.dtype, device=like.device) - 2 * torch.outer(u, u) / u.dot(u)
+    u = u / u.norm() * math.sqrt(2)
+    half = matrix - (matrix @ u).unsqueeze(-1) * u
+    return half - u.unsqueeze(-1) * (u @ half).unsqueeze(-2)

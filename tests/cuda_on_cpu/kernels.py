@@ -201,7 +201,7 @@ class Kernels:
             self.emulator.table(views),
             self.emulator.table(owners),
             I64(tiles),
-            (F64 * 6)(*step),
+            (F64 * 7)(*step),
             factors.dtype == torch.float64,
             None,
         )
@@ -273,7 +273,7 @@ class Kernels:
         workspace = torch.full((plan.workspace + 1,), torch.nan, dtype=acc)
         self.emulator.begin([*lists[1], *bases], [*lists[0], *lists[2], *lists[3], workspace])
         code = self.library.tf_cuda_rotate_step_(
-            self.emulator.table(views), I64(len(views)), ctypes.byref(plan), (F64 * 6)(*step), pointer(workspace), None
+            self.emulator.table(views), I64(len(views)), ctypes.byref(plan), (F64 * 7)(*step), pointer(workspace), None
         )
         self.emulator.check(code)
         assert workspace[-1].isnan()

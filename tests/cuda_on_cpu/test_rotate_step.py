@@ -11,7 +11,7 @@ from torch import Tensor
 from teleport_fast.ops.rotate_step import reference_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-STEP = (3.0, 1e-2, 0.9, 0.99, 1e-8, 0.1)
+STEP = (3.0, 1e-2, 0.9, 0.99, 1e-8, 0.1)  # step, lr, beta1, beta2, eps, weight_decay; nesterov is apart
 ADAM, SIGN, ROW_NORM = range(3)
 
 
@@ -45,21 +45,32 @@ def state(
 
 
 def stepped(
-    lists: list[list[Tensor]], left: list[Tensor], right: list[Tensor], base: int, dtype: torch.dtype | None
+    lists: list[list[Tensor]],
+    left: list[Tensor],
+    right: list[Tensor],
+    base: int,
+    dtype: torch.dtype | None,
+    nesterov: bool,
 ) -> Any:
     """By the formula: in float64, or as torch would do it."""
     copies = [[t.to(dtype or t.dtype).clone() for t in tensors] for tensors in lists]
     sides = [[b.to(dtype or b.dtype) for b in bases] for bases in (left, right)]
-    reference_(*copies, *sides, base, *STEP)
+    reference_(*copies, *sides, base, *STEP, nesterov)
     return copies
 
 
 def check(
-    kernels: Any, lists: list[list[Tensor]], left: list[Tensor], right: list[Tensor], base: int, **limits: int
+    kernels: Any,
+    lists: list[list[Tensor]],
+    left: list[Tensor],
+    right: list[Tensor],
+    base: int,
+    nesterov: bool = False,
+    **limits: int,
 ) -> Any:
-    true, theirs = stepped(lists, left, right, base, torch.float64), stepped(lists, left, right, base, None)
+    true, theirs = (stepped(lists, left, right, base, dtype, nesterov) for dtype in (torch.float64, None))
     gradients = [g.clone() for g in lists[1]]
-    plan = kernels.rotate_step_(lists, left, right, base, *STEP, **limits)
+    plan = kernels.rotate_step_(lists, left, right, base, *STEP, nesterov, **limits)
     for t in (0, 2, 3):
         for ours, exact, torchs in zip(lists[t], true[t], theirs[t], strict=True):
             if ours.numel():
@@ -98,12 +109,13 @@ def test_every_layout_steps_as_in_float64_and_leaves_the_rest_alone(
 @pytest.mark.parametrize("base", [ADAM, SIGN, ROW_NORM])
 @pytest.mark.parametrize("sides", ["none", "left", "right", "both"])
 @pytest.mark.parametrize("n", [20, 300])
-def test_every_base_steps_on_every_side(kernels: Any, base: int, sides: str, n: int) -> None:
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_every_base_steps_on_every_side(kernels: Any, nesterov: bool, base: int, sides: str, n: int) -> None:
     heads, h = 2, 63 if n < 100 else 33
     _, lists = state(heads, h, n, torch.float32)
     # The rows of n = 300 are in several panels, and its right side is the BLAS's.
     one = [[tensors[0]] for tensors in lists]
-    plan = check(kernels, one, *bases(1, heads, h, n, sides, torch.float32), base)
+    plan = check(kernels, one, *bases(1, heads, h, n, sides, torch.float32), base, nesterov)
     assert plan.fused_left == (sides in ("left", "both")) and plan.fused_right == (
         sides in ("right", "both") and n < 100
     )
@@ -161,7 +173,7 @@ def test_unaligned_neighbours_fall_back_to_single_entries(kernels: Any) -> None:
 def test_an_eps_of_zero_reaches_nothing_that_is_not_there(kernels: Any) -> None:
     _, lists = state(1, 7, 33, torch.float32)
     one = [[tensors[0]] for tensors in lists]
-    kernels.rotate_step_(one, *bases(1, 1, 7, 33, "both", torch.float32), ADAM, 3.0, 0.1, 0.9, 0.99, 0.0, 0.0)
+    kernels.rotate_step_(one, *bases(1, 1, 7, 33, "both", torch.float32), ADAM, 3.0, 0.1, 0.9, 0.99, 0.0, 0.0, False)
     assert all(t.isfinite().all() for (t,) in one)
 
 
@@ -170,9 +182,9 @@ def test_a_wrong_basis_steps_elsewhere(kernels: Any) -> None:
         _, lists = state(1, 16, 36, torch.float32)
         one = [[tensors[0]] for tensors in lists]
         left, right = bases(1, 1, 16, 36, sides, torch.float32)
-        true = stepped(one, left, right, ADAM, None)
+        true = stepped(one, left, right, ADAM, None, False)
         wrong = [[b.mT.contiguous() for b in of_side] for of_side in (left, right)]
-        kernels.rotate_step_(one, *wrong, ADAM, *STEP)
+        kernels.rotate_step_(one, *wrong, ADAM, *STEP, False)
         assert not torch.allclose(one[0][0], true[0][0], rtol=1e-3)
 
 
@@ -183,7 +195,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks_and_threads(kernels: Any, bas
     for seed in range(3):
         kernels.emulator.seed = seed
         one = [[tensors[1].clone()] for tensors in lists]
-        kernels.rotate_step_(one, *sides, base, *STEP, wanted_blocks=4)
+        kernels.rotate_step_(one, *sides, base, *STEP, False, wanted_blocks=4)
         found.append(torch.stack([t for (t,) in one]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -192,7 +204,7 @@ def test_storages_do_not_mix_with_float64_and_shapes_not_at_all(kernels: Any) ->
     for second in (torch.rand(1, 4, 8).double(), torch.rand(1, 4, 9)):
         lists = [[torch.rand(1, 4, 8), second] for _ in range(4)]
         with pytest.raises(RuntimeError, match="returned -1"):
-            kernels.rotate_step_(lists, [], [], ADAM, *STEP)
+            kernels.rotate_step_(lists, [], [], ADAM, *STEP, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -205,7 +217,7 @@ def test_traffic_is_each_entry_once_and_the_basis_once_a_block(
     made = [torch.rand(h, n) if columns_fast else torch.rand(n, h).t() for _ in range(4)]
     lists = [[t.to(d)[None]] for t, d in zip(made, (dtype, dtype, torch.float32, torch.float32), strict=True)]
     left, right = bases(1, 1, h, n, sides, torch.float32)
-    kernels.rotate_step_(lists, left, right, ADAM, *STEP)
+    kernels.rotate_step_(lists, left, right, ADAM, *STEP, False)
     traffic = kernels.emulator.traffic()
     p, g, m, v = (tensors[0].nbytes for tensors in lists)
     assert traffic.bytes <= 1.05 * (2 * p + g + 2 * m + 2 * v + [*left, *right][0].nbytes), traffic

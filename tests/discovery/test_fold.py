@@ -149,6 +149,37 @@ def test_what_cannot_be_folded_is_refused_and_nothing_changes(make: Any) -> None
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trains
 
 
+def test_a_gain_of_one_that_no_layer_alone_reads_may_be_frozen() -> None:
+    """A fresh model with a tied head: its last norm keeps its gain of one, and the stream may turn."""
+    model = gpt(tied=True)
+    gains(model)["norm"].data.fill_(1.0)
+    before, kept = model(IDS), weights(model)
+    with pytest.raises(ValueError, match=r"'norm.weight' cannot be folded: .*; all of it is one: pass freeze_ones=True"):
+        fold_norm_gains_(model)
+    folded = fold_norm_gains_(model, freeze_ones=True)
+    assert (folded.frozen, "norm.weight" in folded.gains) == (("norm.weight",), False)
+    assert deviation(model(IDS), before) <= 1e-14
+    assert not any(gain.requires_grad for gain in gains(model).values())
+    found = find_symmetries(model)
+    assert str(found["residual"].group) == "O(16)"
+    found.apply_(model, found.random(0.5))
+    assert deviation(model(IDS), before) <= 1e-13
+    folded.unfold_()
+    assert deviation(model(IDS), before) <= 1e-13
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(gain, kept[f"{name}.weight"]) for name, gain in gains(model).items())
+
+
+def test_a_gain_that_is_not_one_is_never_frozen() -> None:
+    model = gpt(tied=True)
+    gains(model)["norm"].data.fill_(1.0)
+    gains(model)["norm"].data[5] = 1.0 + 1e-9
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"'norm.weight' cannot be folded: .*does not count\); untie the head"):
+        fold_norm_gains_(model, freeze_ones=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+
+
 def test_example_inputs_are_passed_on() -> None:
     class Shifted(GPT):
         def forward(self, ids: Tensor, *, shift: float) -> Tensor:

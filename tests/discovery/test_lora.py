@@ -61,6 +61,13 @@ def test_every_adapter_has_its_gl(options: dict[str, Any]) -> None:
     assert report.max_deviation <= 1e-10
 
 
+def test_adapters_are_found_where_peft_begins_them() -> None:
+    """B is zero then, where every move keeps the outputs; the proof is made on perturbed weights."""
+    config = peft.LoraConfig(r=3, target_modules=["up", "down", "conv"])
+    found = find_symmetries(peft.get_peft_model(Base(), config), IDS)
+    assert dense(found) == {name: group for name, group in EVERY_LAYER.items() if "table" not in name}
+
+
 def test_a_move_keeps_the_outputs_and_turns_gradients_contragrediently() -> None:
     model = adapted().eval()
     found = find_symmetries(model, IDS)

@@ -36,8 +36,8 @@ class Counting:
 def run_sweep(tiny: Setting, tiny_text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(stub: Any, **changes: Any) -> dict[str, Any]:
         monkeypatch.setattr(module, "train", stub)
-        given: dict[str, Any] = {"seeds": (0, 1), "setting": tiny, "folder": tmp_path, **changes}
-        return sweep([ARM], text=tiny_text, command="made by a test", **given)
+        given: dict[str, Any] = {"arms": [ARM], "seeds": (0, 1), "setting": tiny, "folder": tmp_path, **changes}
+        return sweep(text=tiny_text, command="made by a test", **given)
 
     return run
 
@@ -101,6 +101,29 @@ def test_rows_of_another_setting_do_not_count(run_sweep: Any, tiny: Setting) -> 
     again = Counting(best=0.002)
     run_sweep(again, rates=(0.001, 0.002, 0.004), setting=replace(tiny, batch=3))
     assert len(again.asked) == 6
+
+
+def test_arms_of_one_name_with_other_settings_are_tuned_apart(run_sweep: Any, tmp_path: Path) -> None:
+    arms = [arm_named("rotations"), arm_named("rotations:decay=0.8"), arm_named("rotations:every=1")]
+    stub = Counting(best=0.002)
+    result = run_sweep(stub, arms=arms, rates=(0.001, 0.002, 0.004))
+    assert list(result["rates"]) == ["adamw + rotations", "adamw + rotations, decay 0.8", "adamw + rotations, every 1"]
+    assert len(stub.asked) == 18
+    again = Counting(best=0.002)
+    run_sweep(again, arms=arms[1:], rates=(0.001, 0.002, 0.004))
+    assert again.asked == []
+
+
+def test_rows_from_before_a_field_existed_count(run_sweep: Any, tmp_path: Path) -> None:
+    run_sweep(Counting(best=0.002), rates=(0.001, 0.002, 0.004))
+    path = tmp_path / "sweep.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        assert row["options"].pop("settings") == []
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = Counting(best=0.002)
+    run_sweep(again, rates=(0.001, 0.002, 0.004))
+    assert again.asked == []
 
 
 def test_a_diverged_rate_is_never_the_best(run_sweep: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from teleport_fast.experiments import train as module
 from teleport_fast.experiments.arms import arm_named
 from teleport_fast.experiments.text import Text
 from teleport_fast.experiments.train import TOLERANCE, FunctionCheck, Run, Setting, loss_of, rate_scale, train
+from teleport_fast.symmetry import DenseGroup, Orthogonal, Rotary
 
 TELEPORTED = ("rotations", "random", "grad_norm", "grad_l1", "balance")
 
@@ -25,6 +27,39 @@ def test_no_teleport_of_any_arm_moves_the_function(name: str, tiny: Setting, tin
     assert run.teleports == [2, 4]
     assert len(run.deviations) == 2
     assert run.max_deviation <= TOLERANCE["float64"]
+
+
+# What real models have: gated MLPs, planes, grouped queries, gains, biases, LayerNorm, one table for both ends.
+REAL: dict[str, dict[str, Any]] = {
+    "gated-rotary-grouped-gains": {"mlp": "swiglu", "positions": "rotary", "kv_heads": 1, "gains": True},
+    "layernorm-gains-bias-tied": {"norm": "layer", "gains": True, "bias": True, "tied": True, "mlp": "gelu"},
+    "rotary-fused-layernorm-tied": {"positions": "rotary", "fused_qkv": True, "norm": "layer", "tied": True},
+}
+every_real = pytest.mark.parametrize("model", REAL.values(), ids=REAL.keys())
+
+
+@every_real
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_no_exact_rotation_of_a_run_moves_the_function_of_a_real_models_parts(
+    model: dict[str, Any], dtype: str, tiny: Setting, tiny_text: Text
+) -> None:
+    setting = replace(tiny, dtype=dtype, model=replace(tiny.model, **model))
+    run = train(arm_named("rotations:every=1"), 0.003, 0, setting, tiny_text)
+    assert run.complete
+    assert run.teleports == [1, 2, 3, 4, 5]
+    assert 0 < run.max_deviation <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("kind", "model"), [(Rotary, REAL["gated-rotary-grouped-gains"]), (Orthogonal, {"norm": "layer"})])
+def test_the_check_inside_a_run_notices_a_turn_that_is_no_symmetry(
+    kind: type[DenseGroup], model: dict[str, Any], tiny: Setting, tiny_text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planes and the ones vector not minded: the turn that a stream under RMSNorm would take."""
+    monkeypatch.setattr(kind, "turn_to_eigenbasis", lambda _, covariance: torch.linalg.qr(covariance).Q)
+    setting = replace(tiny, dtype="float64", model=replace(tiny.model, **model))
+    run = train(arm_named("rotations:every=1"), 0.003, 0, setting, tiny_text)
+    assert run.complete
+    assert min(run.deviations[1:]) > 1e-3
 
 
 def test_the_function_check_notices_a_move_that_is_no_symmetry() -> None:

@@ -98,3 +98,13 @@ def test_moves_every_entry_once_in_and_once_out_in_whole_sectors(heads, h, n, dt
         group_action_([plus], [minus], g, g_inverse_t)
     assert seen.bytes <= 1.05 * (4 * plus.numel() * plus.element_size() + 8 * g.numel())
     assert seen.sector_ratio <= 1.1
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2.1), (torch.float64, 3.1)], ids=str)
+def test_a_matrix_that_does_not_fit_beside_the_tile_is_read_once_a_tile(dtype, most, placed, traffic):
+    view = placed("columns", 1, 128, 512, dtype).view
+    with traffic() as seen:
+        group_action_([view], [], element(1, 128, dtype, "cpu")[0])
+    minimum = 2 * view.numel() * view.element_size()
+    assert 1.5 * minimum <= seen.bytes <= most * minimum
+    assert seen.sector_ratio <= 1.1

@@ -105,8 +105,8 @@ def test_a_side_whose_partner_is_zero_steps_plainly_and_joins_later() -> None:
     assert float((model[0].weight.detach() - a).abs().max()) > 1e-3
 
 
-def test_attention_is_served_too_and_comes_back(trial: Any) -> None:
-    """V–O and Q–K of every kind of model, in float64 with lr 0; a frame of another side (the control) would leave a trace."""
+def test_attention_is_served_too(trial: Any) -> None:
+    """V–O and Q–K of every kind of model, in float64: nothing moves at lr 0, and a step of SGD is W⁻¹ G with the other side's W."""
     served = dense(trial.symmetries)
     assert {joint.kind.removesuffix("-rotary") for joint in served} == {"value-output", "query-key"}
     start = {name: p.detach().clone() for name, p in trial.model.named_parameters()}
@@ -122,11 +122,24 @@ def test_attention_is_served_too_and_comes_back(trial: Any) -> None:
         torch.testing.assert_close(p.detach(), start[name], rtol=1e-9, atol=1e-10)
     assert all(record.joints == len(served) for record in teleporter.history)
     trial.backward(3)
+    gradients = {name: g.clone() for name, g in trial.gradients().items()}
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     optimizer.step()
-    moved = {name for name, p in trial.model.named_parameters() if not torch.equal(p.detach(), start[name])}
-    assert moved >= {name for joint in served for name in joint.parameters()}
+    moved = {name: p.detach() for name, p in trial.model.named_parameters()}
+    for joint in served:
+        weight = {side: side_by_side(views, start) for side, views in (("plus", joint.plus), ("minus", joint.minus))}
+        for views, other in ((joint.plus, "minus"), (joint.minus, "plus")):
+            metric = joint.group.project(weight[other] @ weight[other].mT)
+            step = side_by_side(views, moved) - side_by_side(views, start)
+            gradient = side_by_side(views, gradients)
+            torch.testing.assert_close(step, -0.01 * torch.linalg.solve(metric, gradient), rtol=1e-7, atol=1e-9)
+            assert not torch.allclose(step, -0.01 * gradient, rtol=1e-2)
+
+
+def side_by_side(views: tuple[tf.View, ...], tensors: dict[str, Tensor]) -> Tensor:
+    """(heads, h, n) of one side of a joint."""
+    return torch.cat([view.of(tensors[view.parameter]).flatten(2) for view in views], 2)
 
 
 def test_a_resumed_run_is_the_whole_one_bit_for_bit() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,16 @@ import torch
 import teleport_fast
 from teleport_fast.ops import backend as module
 from teleport_fast.ops import gram_difference, group_action
-from teleport_fast.ops.backend import BACKENDS, Op, availability, backends, current_backend, direct, set_backend
+from teleport_fast.ops.backend import (
+    BACKENDS,
+    Op,
+    availability,
+    backends,
+    current_backend,
+    direct,
+    layout_of,
+    set_backend,
+)
 
 FLOAT = frozenset([torch.float32])
 
@@ -92,7 +103,7 @@ def test_a_width_that_the_cuda_kernel_does_not_hold_is_torchs(monkeypatch):
     monkeypatch.setattr(module, "availability", lambda name: True)
     monkeypatch.setattr(module, "_widest", lambda name, float64: 128 if float64 else 256)
     monkeypatch.setattr(op, "_kernel", lambda name: f"{name}'s")
-    monkeypatch.setattr(op, "prefer", lambda device, dtypes, size: ["cuda", "reference"])
+    monkeypatch.setattr(op, "prefer", lambda device, dtypes, size, layout: ["cuda", "reference"])
     double = frozenset([torch.float64])
     assert op.can_use("cuda", "cuda", FLOAT, 256) is True and op.can_use("cuda", "cuda", double, 128) is True
     reason = op.can_use("cuda", "cuda", double, 129)
@@ -103,27 +114,75 @@ def test_a_width_that_the_cuda_kernel_does_not_hold_is_torchs(monkeypatch):
         op._choose_uncached("cuda", "cuda", FLOAT, 257)
 
 
-def test_preferences_are_read_by_size_dtype_and_device(monkeypatch):
+def test_preferences_are_read_by_instruction_set_dtype_layout_and_size(monkeypatch):
     rows = [{"up_to": 8, "backends": ["cpp"]}, {"up_to": None, "backends": []}]
-    table = {"ops": {"some_op": {"cpu": rows, "cpu/float64": [{"up_to": None, "backends": ["triton"]}]}}}
-    monkeypatch.setattr(module, "_PREFERENCES", table)
+    always = [{"up_to": None, "backends": ["triton"]}]
+    table = {"avx2": {"any": rows, "float64": always, "float32/rows": always}, "avx512": {"any": always}, "cuda": {"any": rows}}
+    monkeypatch.setattr(module, "_PREFERENCES", {"ops": {"some_op": table, "on_any_cpu": {"cpu": {"any": rows}}}})
+    monkeypatch.setattr(module, "_isa", lambda: "avx2")
+    op, double = Op("some_op", plain), frozenset([torch.float64])
+    assert op.prefer("cpu", FLOAT, 8) == ["cpp", "reference"] and op.prefer("cpu", FLOAT, 9) == ["reference"]
+    assert op.prefer("cpu", double, 9) == ["triton", "reference"] and op.prefer("cpu", FLOAT | double, 9) == ["reference"]
+    assert op.prefer("cpu", FLOAT, 9, "rows") == ["triton", "reference"] and op.prefer("cpu", FLOAT, 9, "columns") == ["reference"]
+    assert op.prefer("cuda", FLOAT, 1) == ["cpp", "reference"] and op.prefer("mps", FLOAT, 1) == ["reference"]
+    assert Op("on_any_cpu", plain).prefer("cpu", FLOAT, 8) == ["cpp", "reference"]
+    monkeypatch.setattr(module, "_isa", lambda: "avx512")
+    assert op.prefer("cpu", FLOAT, 9) == ["triton", "reference"]
+    # Where nothing was measured, nothing is preferred.
+    monkeypatch.setattr(module, "_isa", lambda: "default")
+    assert op.prefer("cpu", FLOAT, 8) == ["reference"]
+
+
+def test_the_layout_is_looked_at_where_the_table_speaks_of_it(monkeypatch):
+    slow = {"any": [{"up_to": None, "backends": []}], "float32/columns": [{"up_to": None, "backends": ["cpp"]}]}
+    monkeypatch.setattr(module, "_PREFERENCES", {"ops": {"some_op": {"avx2": slow}}})
+    monkeypatch.setattr(module, "_isa", lambda: "avx2")
     op = Op("some_op", plain)
-    assert op.prefer("cpu", FLOAT, 8) == ["cpp", "reference"]
-    assert op.prefer("cpu", FLOAT, 9) == ["reference"]
-    assert op.prefer("cpu", frozenset([torch.float64]), 9) == ["triton", "reference"]
-    assert op.prefer("cuda", FLOAT, 1) == ["reference"]
+    monkeypatch.setattr(op, "can_use", lambda *arguments: True)
+    monkeypatch.setattr(op, "_kernel", lambda name: name)
+    rows, columns = torch.ones(2, 3, 4), torch.ones(4, 2, 3).permute(1, 2, 0)
+    assert [layout_of(t) for t in ([rows], [columns], [rows, columns])] == ["rows", "columns", ""]
+    assert [op.choose(t, size=3) for t in ([rows], [columns], [rows, columns])] == ["reference", "cpp", "reference"]
 
 
 def test_the_table_names_backends_that_exist_and_the_command_that_measured_it():
     table = json.loads((Path(module.__file__).parent / "preferences.json").read_text())
-    for tables in table["ops"].values():
-        measured = tables.pop("measured")
-        assert "bench" in measured["command"] and measured["machine"]
-        for key, rows in tables.items():
-            assert key.split("/")[0] in ("cpu", "cuda") and rows[-1]["up_to"] is None
-            assert all(set(row["backends"]) <= set(BACKENDS) for row in rows)
-            limits = [row["up_to"] for row in rows[:-1]]
-            assert limits == sorted(limits)
+    for machines in table["ops"].values():
+        for machine, tables in machines.items():
+            assert machine in ("cpu", "default", "avx2", "avx512", "cuda")
+            measured = tables.pop("measured")
+            assert "bench" in measured["command"] and measured["machine"]
+            for key, rows in tables.items():
+                dtype, _, layout = key.partition("/")
+                assert (hasattr(torch, dtype) or dtype == "any") and layout in ("", "rows", "columns")
+                assert rows[-1]["up_to"] is None and all(set(row["backends"]) <= set(BACKENDS) for row in rows)
+                limits = [row["up_to"] for row in rows[:-1]]
+                assert limits == sorted(limits)
+
+
+def test_the_check_finds_a_backend_that_is_slower_than_plain_torch(monkeypatch):
+    """bench/ops/prefer.py --check, on an op whose fast case is fast and whose slow one is not, by a clock that counts."""
+    spec = importlib.util.spec_from_file_location("prefer", Path(__file__).parents[2] / "bench/ops/prefer.py")
+    prefer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prefer)
+    now = [0.0]
+
+    def call(seconds: float) -> None:
+        now[0] += seconds if current_backend() == "auto" else 1.0
+
+    def cases(size: int, dtype: torch.dtype):
+        yield "fast", lambda: call(0.5)
+        yield "as fast", lambda: call(1.02)
+        yield "slow", lambda: call(1.05 if dtype == torch.float64 else 1.0)
+
+    for clock in ("thread_time", "perf_counter"):
+        monkeypatch.setattr(prefer.time, clock, lambda: now[0])
+    bench = types.SimpleNamespace(OP="an_op", SIZES=(4,), cases=cases)
+    assert prefer.losses(iter([bench]), rounds=3) == ["an_op float64 slow: 0.95 of plain torch's speed"]
+    assert prefer.rows_of([(4, ["cpp"]), (8, ["cpp"]), (16, [])]) == [
+        {"up_to": 8, "backends": ["cpp"]},
+        {"up_to": None, "backends": []},
+    ]
 
 
 def test_direct_calls_are_for_plain_tensors_that_nobody_watches():

@@ -176,3 +176,25 @@ def test_bad_input_names_the_argument_and_both_shapes(covariance, tensors, joint
     with pytest.raises(error) as caught:
         covariance_(covariance, tensors, 0.9, joints)
     assert all(word in str(caught.value) for word in ["covariance_", *words])
+
+
+@pytest.mark.parametrize("normalise", ["joint", "none"])
+def test_one_factor_for_a_joint_or_none(way, normalise):
+    """Tensors of very different size, where the three ways differ; a joint without a usable gradient only decays."""
+    small, large = torch.randn(2, 5, 7, dtype=torch.float64), 30 * torch.randn(2, 5, 3, 2, dtype=torch.float64)
+    bad = torch.full_like(small, float("nan"))
+    start = symmetric(4, 5, torch.float64)
+    covariance = start.clone()
+    covariance_(covariance, [small, large, bad, large], 0.75, 2, normalise)
+    gram = sum(g.flatten(2) @ g.flatten(2).mT for g in (small, large))
+    size = small.square().sum() + large.square().sum() if normalise == "joint" else 1.0
+    torch.testing.assert_close(covariance[:2], 0.75 * start[:2] + 0.25 * gram / size)
+    torch.testing.assert_close(covariance[2:], 0.75 * start[2:])
+    other = start.clone()
+    covariance_(other, [small, large, bad, large], 0.75, 2)
+    assert not torch.allclose(other[:2], covariance[:2], rtol=1e-2)
+
+
+def test_an_unknown_normalisation_is_refused():
+    with pytest.raises(ValueError, match="normalise must be one of tensor, joint, none, got 'all'; 'tensor' is the default"):
+        covariance_(torch.zeros(1, 2, 2), torch.ones(1, 2, 3), 0.5, normalise="all")

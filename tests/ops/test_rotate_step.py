@@ -48,7 +48,9 @@ def in_double(tensor: Tensor) -> np.ndarray:
     return tensor.flatten(2).double().numpy()
 
 
-def exactly(tensors: list[Tensor], left: Tensor | None, right: Tensor | None, base: str, exact) -> list[np.ndarray]:
+def exactly(
+    tensors: list[Tensor], left: Tensor | None, right: Tensor | None, base: str, nesterov: bool, exact
+) -> list[np.ndarray]:
     """p, m and v after the step, in extended precision."""
     p, g, m, v = (exact(tensor) for tensor in tensors)
     L = np.eye(g.shape[1]) if left is None else exact(left)
@@ -57,34 +59,35 @@ def exactly(tensors: list[Tensor], left: Tensor | None, right: Tensor | None, ba
     beta1, beta2, step = NUMBERS["beta1"], NUMBERS["beta2"], NUMBERS["step"]
     g = L @ g @ R.T
     m = beta1 * m + (one - beta1) * g
+    # Nesterov: the moment that a gradient like this one would make of it, at the next step.
+    u, seen = (beta1 * m + (one - beta1) * g, step + 1) if nesterov else (m, step)
     if base == "adam":
         v = beta2 * v + (one - beta2) * g**2
-        u = m / (one - one * beta1**step) / (np.sqrt(v / (one - one * beta2**step)) + NUMBERS["eps"])
+        u = u / (one - one * beta1**seen) / (np.sqrt(v / (one - one * beta2**step)) + NUMBERS["eps"])
     elif base == "sign":
-        u = np.sign(m)
+        u = np.sign(u)
     else:
-        mean = (m**2).sum(-1, keepdims=True) / max(m.shape[-1], 1)
-        u = m / (np.sqrt(mean) + NUMBERS["eps"])
+        u = u / (np.sqrt((u**2).sum(-1, keepdims=True) / max(m.shape[-1], 1)) + NUMBERS["eps"])
     keep = one - one * NUMBERS["lr"] * NUMBERS["weight_decay"]
     return [p * keep - NUMBERS["lr"] * (np.swapaxes(L, -1, -2) @ u @ R), m, v]
 
 
-def apart(tensors: list[Tensor], left: Tensor | None, right: Tensor | None, base: str) -> list[Tensor]:
+def apart(tensors: list[Tensor], left: Tensor | None, right: Tensor | None, base: str, nesterov: bool) -> list[Tensor]:
     """p, m and v after the same by torch's own matrix products, one operation after the other."""
     moved = [tensor.clone().flatten(2).contiguous() for tensor in tensors]
     sides = [[] if side is None else [side] for side in (left, right)]
     numbers = [float(NUMBERS[name]) for name in ("step", "lr", "beta1", "beta2", "eps", "weight_decay")]
-    reference_(*[[tensor] for tensor in moved], *sides, BASES.index(base), *numbers)
+    reference_(*[[tensor] for tensor in moved], *sides, BASES.index(base), *numbers, nesterov)
     return [moved[0], *moved[2:]]
 
 
-def assert_as_accurate_as_torch(tensors: list[Tensor], sides: str, base: str, exact) -> None:
+def assert_as_accurate_as_torch(tensors: list[Tensor], sides: str, base: str, exact, nesterov: bool = False) -> None:
     left, right = bases(tensors[0], sides)
     if tensors[0].dtype != torch.float64:
         exact = in_double
-    truth = exactly(tensors, left, right, base, exact)
-    theirs, gradient = apart(tensors, left, right, base), tensors[1].clone()
-    rotate_step_(*tensors, left, right, base=base, **NUMBERS)
+    truth = exactly(tensors, left, right, base, nesterov, exact)
+    theirs, gradient = apart(tensors, left, right, base, nesterov), tensors[1].clone()
+    rotate_step_(*tensors, left, right, base=base, nesterov=nesterov, **NUMBERS)
     assert torch.equal(tensors[1], gradient)
     for our, their, true in zip([tensors[0], *tensors[2:]], theirs, truth, strict=True):
         assert not our.isnan().any()
@@ -98,14 +101,17 @@ def test_error_is_at_most_twice_torchs_own_at_every_size(way, dtype, layout, exa
     for index, (heads, h, n) in enumerate([*((2, s, 18) for s in SIZES), *((3, 5, s) for s in SIZES)]):
         for offset, sides in enumerate(SIDES if dtype == torch.float32 else SIDES[1 + index % 3 :][:1]):
             tensors = [layout(tensor) for tensor in state(heads, h, n, dtype=dtype)]
-            assert_as_accurate_as_torch(tensors, sides, BASES[(index // 3 + offset) % 3], exact)
+            base = BASES[(index // 3 + offset) % 3]
+            assert_as_accurate_as_torch(tensors, sides, base, exact, nesterov=(index + offset) % 2 == 1)
 
 
 @pytest.mark.parametrize("heads, h, n", [(1, 130, 65), (2, 64, 200), (3, 20, 150)])
 def test_tensors_of_several_panels_step_as_accurately(way, heads, h, n, layout, exact, nan_filled_memory):
     for sides in SIDES:
         for base in BASES:
-            assert_as_accurate_as_torch([layout(tensor) for tensor in state(heads, h, n)], sides, base, exact)
+            for nesterov in (False, True):
+                tensors = [layout(tensor) for tensor in state(heads, h, n)]
+                assert_as_accurate_as_torch(tensors, sides, base, exact, nesterov)
 
 
 @pytest.mark.parametrize("sides", SIDES)
@@ -137,6 +143,24 @@ def test_without_a_turn_it_is_torchs_adamw(way):
     torch.testing.assert_close(v, optimizer.state[parameter]["exp_avg_sq"])
     rotate_step_(*turned, *bases(p, "left"), **NUMBERS)
     assert not torch.allclose(turned[0], p, rtol=1e-2, atol=1e-2)
+
+
+def test_late_and_without_a_turn_nesterov_is_torchs_nadam(way):
+    # Late, so that the corrections are one: early, NAdam's differ for the gradient and for the moment.
+    p, g, m, v = state(2, 5, 40)
+    parameter = torch.nn.Parameter(p.clone())
+    parameter.grad = g.clone()
+    optimizer = torch.optim.NAdam([parameter], lr=0.05, betas=(0.8, 0.95), eps=1e-6, momentum_decay=1e6, foreach=False)
+    counters = {"step": torch.tensor(2000.0), "mu_product": torch.tensor(0.0)}
+    optimizer.state[parameter] = {**counters, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    optimizer.step()
+    numbers = {**NUMBERS, "step": 2001, "weight_decay": 0.0}
+    plain = [t.clone() for t in (p, g, m, v)]
+    rotate_step_(p, g, m, v, nesterov=True, **numbers)
+    torch.testing.assert_close(p, parameter.data)
+    torch.testing.assert_close(m, optimizer.state[parameter]["exp_avg"])
+    rotate_step_(*plain, **numbers)
+    assert not torch.allclose(plain[0], p, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -250,7 +274,7 @@ def test_opcheck(way, sides):
     lists = [list(tensors) for tensors in zip(state(2, 3, 4), state(2, 3, 4), strict=True)]
     left, right = bases(lists[0][0], sides)
     turns = [[] if side is None else [side, side.clone()] for side in (left, right)]
-    arguments = (*lists, *turns, 0, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1)
+    arguments = (*lists, *turns, 0, 1.0, 0.1, 0.9, 0.99, 1e-8, 0.1, True)
     torch.library.opcheck(torch.ops.teleport_fast.rotate_step_.default, arguments)
 
 

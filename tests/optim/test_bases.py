@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teleport_fast.optim.bases import cholesky_qr, householder, images, next_basis
+from teleport_fast.ops.orthogonal_iteration import householder, images
+from teleport_fast.optim.bases import cholesky_qr, next_basis
 
 
 def random_basis(batch: int, h: int, dtype: torch.dtype) -> Tensor:

@@ -43,7 +43,9 @@ class Prototype:
         heads, width = self.layout[axis]
         return [slice(i * width, (i + 1) * width) for i in range(heads)]
 
-    def step(self, gradient: Tensor, rate: float, base: str = "adam") -> None:
+    def step(
+        self, gradient: Tensor, rate: float, base: str = "adam", rms: float | None = None, nesterov: bool = False
+    ) -> None:
         self.step_count += 1
         for axis, G in enumerate((gradient, gradient.T)):
             for block in self.blocks(axis):
@@ -59,22 +61,27 @@ class Prototype:
         turned = self.bases[0].T @ gradient @ self.bases[1]
         self.m = BETAS[0] * self.m + (1 - BETAS[0]) * turned
         self.v = BETAS[1] * self.v + (1 - BETAS[1]) * turned.square()
-        # rows of row_norm and sinkhorn are those of the side with heads
-        across = self.layout[1][0] > 1
+        m = BETAS[0] * self.m + (1 - BETAS[0]) * turned if nesterov else self.m
+        # rows of row_norm and sinkhorn are those of the side with more heads
+        across = self.layout[1][0] > max(1, self.layout[0][0])
         if base == "adam":
-            first, second = self.m / (1 - BETAS[0] ** self.step_count), self.v / (1 - BETAS[1] ** self.step_count)
+            seen = self.step_count + nesterov
+            first, second = m / (1 - BETAS[0] ** seen), self.v / (1 - BETAS[1] ** self.step_count)
             U = first / (second.sqrt() + EPS)
         elif base == "sign":
-            U = self.m.sign()
+            U = m.sign()
         elif base == "sinkhorn":
-            U = sinkhorn(self.m.T).T if across else sinkhorn(self.m)
+            U = sinkhorn(m.T).T if across else sinkhorn(m)
         else:
-            U = self.m / (self.m.square().mean(0 if across else 1, keepdim=True).sqrt() + EPS)
+            U = m / (m.square().mean(0 if across else 1, keepdim=True).sqrt() + EPS)
+        if rms is not None:
+            U = U * rms / U.square().mean().sqrt()
         self.weight = (1 - rate * WEIGHT_DECAY) * self.weight - rate * self.bases[0] @ U @ self.bases[1].T
 
 
 def made(model: nn.Module, symmetries: tf.Symmetries | None, **changes: Any) -> Rotated:
     options: dict[str, Any] = {"lr": LR, "table_lr": TABLE_LR, "weight_decay": WEIGHT_DECAY, "symmetries": symmetries}
+    options |= {"hidden": False, "nesterov": False}
     return Rotated(model.named_parameters(), **{**options, **changes})
 
 
@@ -127,6 +134,82 @@ def test_a_few_steps_are_the_prototypes_mathematics_and_a_wrong_basis_is_not(
             assert float(off) < 1e-10
         else:
             assert float(off) > 0.05
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("match_rms", [None, 0.2])
+def test_a_matrix_may_have_blocks_on_both_sides(
+    gpt: GPT,
+    symmetries: tf.Symmetries,
+    loss_of: Callable[..., Tensor],
+    base: str,
+    match_rms: float | None,
+    nesterov: bool,
+) -> None:
+    """Against the prototype, whole-side orthogonal matrices; the control has its blocks' bounds elsewhere."""
+    layouts = {"attention.q": ((2, 4), (4, 2)), "mlp.up": ((3, 4), (2, 4)), "mlp.down": ((2, 4), (2, 6))}
+    sides = {f"*{key}.weight": (f"heads:{rows[0]}", f"heads:{columns[0]}") for key, (rows, columns) in layouts.items()}
+    optimizer = made(gpt, symmetries, base=base, sides=sides, match_rms=match_rms, nesterov=nesterov)
+    weights = {key: gpt.blocks[1].get_submodule(key).weight for key in layouts}
+    expected = {key: Prototype(p, layouts[key]) for key, p in weights.items()}
+    wrong = {key: Prototype(p, ((1, p.shape[0]), (1, p.shape[1]))) for key, p in weights.items()}
+    for step in range(7):
+        optimizer.zero_grad()
+        loss_of(gpt, step).backward()
+        for key, p in weights.items():
+            assert p.grad is not None
+            expected[key].step(p.grad, LR, base, match_rms, nesterov)
+            wrong[key].step(p.grad, LR, base, match_rms, nesterov)
+        optimizer.step()
+    for key, p in weights.items():
+        torch.testing.assert_close(p.detach(), expected[key].weight, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], expected[key].m, rtol=1e-6, atol=1e-8)
+        assert float((wrong[key].weight - expected[key].weight).abs().max()) > 1e-4
+
+
+def test_a_state_from_before_there_was_nesterov_steps_without(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], same: Callable[..., bool]
+) -> None:
+    optimizer, resumed = made(gpt, symmetries), copy.deepcopy(gpt)
+    train(gpt, optimizer, 2)
+    old, ahead = optimizer.state_dict(), made(resumed, symmetries, nesterov=True)
+    old["param_groups"] = [{k: v for k, v in group.items() if k != "nesterov"} for group in old["param_groups"]]
+    resumed.load_state_dict(gpt.state_dict())
+    ahead.load_state_dict(old)
+    for model, one in ((gpt, optimizer), (resumed, ahead)):
+        train(model, one, 1, first=2)
+    assert same(gpt, resumed)
+    ahead.param_groups[0]["nesterov"] = True
+    train(gpt, optimizer, 1, first=3)
+    train(resumed, ahead, 1, first=3)
+    assert not same(gpt, resumed)
+
+
+def test_hidden_blocks_are_the_heads_of_an_inner_side(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], same: Callable[..., bool]
+) -> None:
+    """hidden=5 cuts 12 into 3 blocks of 4, as sides would; memory, and a resume to the bit, with them."""
+    other, resumed = copy.deepcopy(gpt), copy.deepcopy(gpt)
+    optimizer = made(gpt, symmetries, hidden=5)
+    rows = {line.split()[0]: line for line in optimizer.table().splitlines()}
+    assert "hidden 3 x 4" in rows["blocks.*.mlp.up.weight"] and "stream 8" in rows["blocks.*.mlp.up.weight"]
+    words = {"*.up.weight": ("heads:3", "stream"), "*.down.weight": ("stream", "heads:3")}
+    by_hand = made(other, symmetries, sides=words)
+    train(gpt, optimizer, 5)
+    train(other, by_hand, 5)
+    assert same(gpt, other)
+    whole = made(resumed, symmetries, hidden=True)
+    assert whole.memory().bases - optimizer.memory().bases == 4 * 8 * (12 * 12 - 3 * 4 * 4)
+    second = made(resumed, symmetries, hidden=5)
+    resumed.load_state_dict(gpt.state_dict())
+    second.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[gpt.blocks[0].mlp.up.weight]["rows_basis"].shape == (3, 4, 4)
+    with pytest.raises(ValueError, match=r"'rows_basis' of .*up.weight' is \(3, 4, 4\) and .* \(1, 12, 12\)"):
+        whole.load_state_dict(optimizer.state_dict())
+    train(gpt, optimizer, 4, first=5)
+    train(resumed, second, 4, first=5)
+    assert same(gpt, resumed)
 
 
 def test_without_a_turned_side_it_is_torchs_adamw(gpt: GPT, train: Callable[..., None]) -> None:
@@ -234,6 +317,8 @@ def test_a_bucket_of_equal_shapes_steps_like_each_matrix_alone(
             [(name, p)],
             lr=LR,
             weight_decay=WEIGHT_DECAY,
+            hidden=False,
+            nesterov=False,
             sides={name: _words(name)} if name.startswith("blocks") else None,
         )
         for name, p in other.named_parameters()

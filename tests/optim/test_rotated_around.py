@@ -310,6 +310,7 @@ def test_groups_can_be_added_and_left_unturned(gpt: GPT, symmetries: tf.Symmetri
         ({"table_lr": -0.1}, "table_lr must be at least 0, got -0.1"),
         ({"every": 0}, "every must be an integer of at least 1, got 0"),
         ({"hidden_every": 0}, "hidden_every must be an integer of at least 1, got 0"),
+        ({"covariance_parts": 0}, "covariance_parts must be an integer of at least 1, got 0"),
         ({"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         ({"stream": "head"}, "stream must be one of matrix, site, layer, model, none, got 'head'"),
         ({"max_side": -1}, "max_side must be at least 0, got -1"),
@@ -319,7 +320,8 @@ def test_groups_can_be_added_and_left_unturned(gpt: GPT, symmetries: tf.Symmetri
         ),
         ({"sides": {"*": ("stream", "heads")}}, r"sides\['\*'\] must be two of .*, got \('stream', 'heads'\)"),
         ({"sides": {"*": ("heads:3", "none")}}, "sides of .*: 'heads:3' does not divide its axis of 8"),
-        ({"sides": {"*q*": ("heads:2", "heads:2")}}, "sides of .* must have heads on one axis at most"),
+        ({"hidden": 1}, "hidden must be True, False or a width of at least 2, got 1"),
+        ({"hidden": 64.0}, "hidden must be True, False or a width of at least 2, got 64.0"),
     ],
 )
 def test_bad_arguments_are_named_with_value_and_remedy(gpt: GPT, changes: dict[str, Any], message: str) -> None:
@@ -337,3 +339,57 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(gpt: GPT) -> None:
     with pytest.raises(ValueError, match="lr must be at least 0"):
         optimizer.add_param_group({"params": [("head.weight", gpt.head.weight)], "lr": -1.0})
     assert len(optimizer.param_groups) == 1
+
+
+def grouped(model: nn.Module, symmetries: tf.Symmetries, stream: str) -> Rotated:
+    named = [*model.named_parameters()]
+    parts = [named[:3], named[3:8], named[8:]]
+    return Rotated([{"params": part} for part in parts], symmetries=symmetries, stream=stream, every=1)
+
+
+@pytest.mark.parametrize("stream", ["matrix", "model"])
+def test_groups_may_be_reordered_and_matrices_keep_their_bases(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None], same: Same, stream: str
+) -> None:
+    """The same run as with the groups in place; a run with fresh bases (the control) is another."""
+    other, fresh = copy.deepcopy(gpt), copy.deepcopy(gpt)
+    optimizers = [grouped(model, symmetries, stream) for model in (gpt, other, fresh)]
+    for model, optimizer in zip((gpt, other, fresh), optimizers, strict=True):
+        train(model, optimizer, 3)
+    table = optimizers[1].table()
+    optimizers[1].param_groups.reverse()
+    optimizers[2] = grouped(fresh, symmetries, stream)
+    for model, optimizer in zip((gpt, other, fresh), optimizers, strict=True):
+        train(model, optimizer, 3, first=3)
+    for one, two in zip(gpt.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+    assert not same(gpt, fresh)
+    assert sorted(optimizers[1].table().splitlines()) == sorted(table.splitlines())
+
+
+def test_a_group_that_is_removed_stops_and_the_others_go_on(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None]
+) -> None:
+    optimizer = grouped(gpt, symmetries, "matrix")
+    train(gpt, optimizer, 2)
+    gone = optimizer.param_groups.pop(0)["params"]
+    still = [p.detach().clone() for p in gone]
+    kept = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    rows = [state["rows_basis"].clone() for state in kept if "rows_basis" in state]
+    train(gpt, optimizer, 2, first=2)
+    assert all(map(torch.equal, gone, still))
+    after = [state["rows_basis"] for state in kept if "rows_basis" in state]
+    assert len(rows) > 3
+    assert all(one.shape == two.shape and not torch.equal(one, two) for one, two in zip(rows, after, strict=True))
+
+
+def test_a_group_whose_state_holds_a_shared_basis_is_missed(
+    gpt: GPT, symmetries: tf.Symmetries, train: Callable[..., None]
+) -> None:
+    optimizer = grouped(gpt, symmetries, "model")
+    train(gpt, optimizer, 2)
+    holder = next(p for p, state in optimizer.state.items() if state.get("columns_basis", torch.ones(0)).shape[-1] == 8)
+    index = next(g for g, group in enumerate(optimizer.param_groups) if any(p is holder for p in group["params"]))
+    del optimizer.param_groups[index]
+    with pytest.raises(ValueError, match=r"left the optimizer, and its state holds a basis that .* turns in; keep its group"):
+        train(gpt, optimizer, 1, first=2)

@@ -45,7 +45,7 @@ def llama(**changes: Any) -> Rotated:
 
 
 def test_names_decide_a_square_matrix_and_tables() -> None:
-    rows = rows_of(llama())
+    rows = rows_of(llama(hidden=False))
     assert rows["model.layers.0.self_attn.q_proj.weight"] == ["8 x 8", "all heads 8", "stream 8", ""]
     assert rows["model.layers.0.self_attn.k_proj.weight"] == ["4 x 8", "all heads 4", "stream 8", ""]
     assert rows["model.layers.0.self_attn.o_proj.weight"] == ["8 x 8", "stream 8", "all heads 8", ""]
@@ -66,6 +66,16 @@ def test_options_and_patterns_change_sides() -> None:
     assert none["model.layers.0.self_attn.q_proj.weight"] == ["8 x 8", "adamw", "", reason]
 
 
+def test_a_hidden_side_without_a_fitting_block_is_left_and_says_so() -> None:
+    rows = rows_of(llama(hidden=6, max_side=10))
+    assert rows["model.layers.0.mlp.up_proj.weight"][1:3] == ["hidden 4 x 5", "stream 8"]
+    assert rows["model.layers.0.mlp.down_proj.weight"][1:3] == ["stream 8", "hidden 4 x 5"]
+    rows = rows_of(llama(hidden=3))
+    assert rows["model.layers.0.mlp.up_proj.weight"][1:] == ["hidden 10 x 2", "stream 8", ""]
+    prime = Rotated([("up.weight", meta((23, 8))[0]), ("q.weight", meta((8, 8))[0])], hidden=8)
+    assert rows_of(prime)["up.weight"][3] == "rows: 23 has no divisor near hidden=8"
+
+
 def test_symmetries_tell_heads_and_also_where_parameters_have_no_names() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab=13, context=6, d_model=8, layers=1, heads=2, hidden=12))
@@ -75,7 +85,9 @@ def test_symmetries_tell_heads_and_also_where_parameters_have_no_names() -> None
     assert plain.table() == named.table()
     shapes_alone = rows_of(Rotated(model.parameters()))
     assert shapes_alone["group 0, parameter 2"] == ["8 x 8", "stream 8", "stream 8", ""]
-    assert shapes_alone["group 0, parameter 0"] == ["13 x 8", "-", "stream 8", "rows: hidden=False"]
+    assert shapes_alone["group 0, parameter 0"] == ["13 x 8", "-", "stream 8", "rows: left as it is"]
+    every = rows_of(Rotated(model.parameters(), hidden=True))
+    assert every["group 0, parameter 0"] == ["13 x 8", "hidden 13", "stream 8", ""]
 
 
 def test_sharing_by_site_needs_names() -> None:
@@ -87,7 +99,14 @@ def test_sharing_by_site_needs_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"hidden": True}, {"stream": "site"}, {"stream": "model", "basis_dtype": torch.bfloat16}]
+    "options",
+    [
+        {},
+        {"hidden": True},
+        {"hidden": 4},
+        {"stream": "site"},
+        {"stream": "model", "basis_dtype": torch.bfloat16},
+    ],
 )
 def test_memory_is_what_the_state_takes(options: dict[str, Any]) -> None:
     torch.manual_seed(0)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 import teleport_fast as tf
@@ -25,7 +28,8 @@ from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
 
 BASE_RATE, BASE_SEED = 0.003, 0
-CURVE_POINTS = 5
+CURVE_POINTS = 8
+COST_ROUNDS, COST_STEPS = 5, 5
 TARGETS = ["q", "k", "v", "o", "up", "down", "head"]
 FOLDER = Path("runs/lora")
 Options = Mapping[str, Any]
@@ -35,14 +39,14 @@ Options = Mapping[str, Any]
 class Work:
     """The base's steps on Python and the adapters' on English, of so many windows; the adapters' rank and scaling."""
 
-    base_steps: int = 600
+    base_steps: int = 400
     base_batch: int = 8
-    steps: int = 150
-    batch: int = 4
-    windows: int = 64
+    steps: int = 100
+    batch: int = 2
+    windows: int = 32
     rank: int = 8
     alpha: int = 16
-    d_model: int = 72
+    d_model: int = 64
     layers: int = 3
 
     def config(self) -> GPTConfig:
@@ -50,89 +54,98 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """One network's factors by name, with its peak rate."""
+
+    named: list[tuple[str, nn.Parameter]]
+    rate: float
+
+    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(A, B) of every adapter, (rank, in) and (out, rank)."""
+        by_name = dict(self.named)
+        return [(p, by_name[name.replace("lora_A", "lora_B")]) for name, p in self.named if "lora_A" in name]
+
+
+Stack = Sequence[Adapters]
+
+
+@dataclass(frozen=True)
 class Arm:
-    """An optimizer of the adapters' factors and what is attached to it; `choices` beside the rate, two for every arm."""
+    """`begin(stack, symmetries, **options)`: one optimizer of many networks, and what is attached to it; two `choices` for every arm."""
 
     begin: Callable[..., Optimizer]
     rate: float
     choices: tuple[Options, ...]
 
 
-def factors(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """(A, B) of every adapter, (rank, in) and (out, rank)."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return [(p, named[name.replace("lora_A", "lora_B")]) for name, p in named.items() if "lora_A" in name]
-
-
-def adamw(model: nn.Module, rate: float, beta2: float = 0.99, beta1: float = 0.9) -> torch.optim.AdamW:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=rate, betas=(beta1, beta2), weight_decay=0.0)
-
-
-def lora_plus(model: nn.Module, symmetries: Symmetries, rate: float, ratio: float, beta2: float = 0.99) -> Optimizer:
-    """B's rate is `ratio` times A's, `rate` their geometric mean [arXiv 2402.12354]."""
-    pairs, s = factors(model), math.sqrt(ratio)
-    groups = [{"params": [a for a, _ in pairs], "lr": rate / s}, {"params": [b for _, b in pairs], "lr": rate * s}]
+def adamw(stack: Stack, _: Any, beta2: float = 0.99) -> torch.optim.AdamW:
+    groups = [{"params": one.named, "lr": one.rate} for one in stack]
     return torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=0.0)
 
 
-def scaled_adam(model: nn.Module, symmetries: Symmetries, rate: float, damping: float, beta2: float = 0.99) -> Optimizer:
+def lora_plus(stack: Stack, _: Any, ratio: float, beta2: float = 0.99) -> Optimizer:
+    """B's rate is `ratio` times A's, `rate` their geometric mean [arXiv 2402.12354]."""
+    groups = []
+    for one in stack:
+        for letter, rate in (("A", one.rate / math.sqrt(ratio)), ("B", one.rate * math.sqrt(ratio))):
+            groups.append({"params": [(name, p) for name, p in one.named if f"lora_{letter}" in name], "lr": rate})
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), weight_decay=0.0)
+
+
+def scaled_adam(stack: Stack, _: Any, damping: float, beta2: float = 0.99) -> Optimizer:
     """AdamW on preconditioned gradients, G_A → (BᵀB + δI)⁻¹ G_A, G_B → G_B (A Aᵀ + δI)⁻¹ [arXiv 2402.02347, algorithm 2]."""
-    optimizer, pairs = adamw(model, rate, beta2), factors(model)
+    optimizer = adamw(stack, None, beta2)
+    alike: dict[Any, list[tuple[nn.Parameter, nn.Parameter]]] = {}
+    for one in stack:
+        for a, b in one.pairs():
+            alike.setdefault((a.shape, b.shape), []).append((a, b))
 
     @torch.no_grad()
     def precondition(*_: object) -> None:
-        for a, b in pairs:
-            assert a.grad is not None and b.grad is not None
-            eye = damping * torch.eye(len(a))
-            a.grad.copy_(torch.linalg.solve(b.mT @ b + eye, a.grad))
-            b.grad.copy_(torch.linalg.solve(a @ a.mT + eye, b.grad.mT).mT)
+        for pairs in alike.values():
+            a, b = (torch.stack([pair[side] for pair in pairs]) for side in (0, 1))
+            grad_a, grad_b = (torch.stack([pair[side].grad for pair in pairs]) for side in (0, 1))  # type: ignore[misc]
+            eye = damping * torch.eye(a.shape[1])
+            new_a, new_b = torch.linalg.solve(b.mT @ b + eye, grad_a), torch.linalg.solve(a @ a.mT + eye, grad_b.mT).mT
+            for place, pair in enumerate(pairs):
+                pair[0].grad, pair[1].grad = new_a[place], new_b[place].contiguous()
 
     optimizer.register_step_pre_hook(precondition)
     return optimizer
 
 
-def attached(objective: Callable[..., Any], schedule: Any, frame: str = "stay") -> Callable[..., Optimizer]:
-    """AdamW with a teleporter; options that are not AdamW's go to the objective."""
+def attached(*teleports: tuple[Callable[..., Any], Any, str]) -> Callable[..., Optimizer]:
+    """AdamW with teleporters (objective, schedule, frame), the first the outermost; options that are not AdamW's go to it."""
 
-    def begin(model: nn.Module, symmetries: Symmetries, rate: float, beta2: float = 0.99, beta1: float = 0.9, **own: Any) -> Optimizer:
-        optimizer = adamw(model, rate, beta2, beta1)
-        tf.attach(optimizer, symmetries, objective(**own), schedule, frame=frame)
+    def begin(stack: Stack, symmetries: Symmetries, beta2: float = 0.99, **own: Any) -> Optimizer:
+        optimizer = adamw(stack, None, beta2)
+        for place, (objective, schedule, frame) in enumerate(teleports):
+            tf.attach(optimizer, symmetries, objective(**own) if place == 0 else objective(), schedule, frame=frame)
         return optimizer
 
     return begin
 
 
-def ratio_and_turns(model: nn.Module, symmetries: Symmetries, rate: float, ratio: float, beta2: float = 0.99) -> Optimizer:
-    optimizer = adamw(model, rate, beta2)
-    tf.attach(optimizer, symmetries, objectives.Ratio(ratio), frame="return")
-    tf.attach(optimizer, symmetries, "eigenbasis", tf.Every(3))
-    return optimizer
-
-
-def balance_and_turns(model: nn.Module, symmetries: Symmetries, rate: float, beta2: float = 0.99) -> Optimizer:
-    optimizer = adamw(model, rate, beta2)
-    tf.attach(optimizer, symmetries, "balance", tf.When(lambda info: info.step % 10 == 5))
-    tf.attach(optimizer, symmetries, "eigenbasis", tf.Every(3))
-    return optimizer
-
-
 BETAS: tuple[Options, ...] = ({"beta2": 0.99}, {"beta2": 0.95})
 RATIOS: tuple[Options, ...] = ({"ratio": 16.0}, {"ratio": 4.0})
+DAMPINGS: tuple[Options, ...] = ({"damping": 1e-6}, {"damping": 1e-2})
 # B is zero at first and a zero side cannot be balanced: the first balance is after WARM steps
 WARM = 10
+RATIO, SCALED = (objectives.Ratio, None, "return"), (objectives.Scaled, None, "return")
+TURNS, RANDOM = (objectives.Eigenbasis, tf.Every(3), "stay"), (objectives.RandomRotation, tf.Every(10), "stay")
+ONCE, AGAIN = (objectives.Balance, tf.Once(WARM), "stay"), (objectives.Balance, tf.Every(WARM), "stay")
 ARMS: dict[str, Arm] = {
-    "adamw": Arm(lambda model, _, rate, **o: adamw(model, rate, **o), 0.008, BETAS),
+    "adamw": Arm(adamw, 0.008, BETAS),
     "loraplus": Arm(lora_plus, 0.004, RATIOS),
-    "scaledadam": Arm(scaled_adam, 0.004, ({"damping": 1e-6}, {"damping": 1e-2})),
-    "invariant": Arm(attached(objectives.Scaled, None, "return"), 0.004, BETAS),
-    "ratio-rotations": Arm(ratio_and_turns, 0.004, RATIOS),
-    "rotations": Arm(attached(objectives.Eigenbasis, tf.Every(3)), 0.008, BETAS),
-    "balance-every": Arm(attached(objectives.Balance, tf.Every(WARM)), 0.008, BETAS),
-    "balance-once": Arm(attached(objectives.Balance, tf.Once(WARM)), 0.008, BETAS),
-    "balance-rotations": Arm(balance_and_turns, 0.008, BETAS),
-    "random": Arm(attached(objectives.RandomRotation, tf.Every(10)), 0.008, BETAS),
-    "ratio": Arm(attached(objectives.Ratio, None, "return"), 0.004, RATIOS),
+    "scaledadam": Arm(scaled_adam, 0.004, DAMPINGS),
+    "invariant": Arm(attached(SCALED), 0.004, BETAS),
+    "ratio-rotations": Arm(attached(RATIO, TURNS), 0.004, RATIOS),
+    "rotations": Arm(attached(TURNS), 0.008, BETAS),
+    "balance-every": Arm(attached(AGAIN), 0.008, BETAS),
+    "balance-once": Arm(attached(ONCE), 0.008, BETAS),
+    "balance-rotations": Arm(attached(AGAIN, TURNS), 0.008, BETAS),
+    "random": Arm(attached(RANDOM), 0.008, BETAS),
+    "ratio": Arm(attached(RATIO), 0.004, RATIOS),
 }
 
 
@@ -157,8 +170,28 @@ class Lora(Task):
         return tuple(other for other in ("adamw", "loraplus", "scaledadam") if other != arm)
 
     def train(self, trial: Trial, seeds: Sequence[int]) -> Iterator[Result]:
-        for seed in seeds:
-            yield self.train_one(trial, seed)
+        steps = max(1, round(trial.share * self.steps))
+        yield from Run(self, trial.arm, trial.options, [(trial.rate, seed) for seed in seeds], steps).results(CURVE_POINTS)
+
+    def tune(self, trials: Sequence[Trial], seeds: Sequence[int]) -> Iterator[tuple[Trial, Result]]:
+        """All rates of a choice at once."""
+        for options in {repr(trial.options): trial.options for trial in trials}.values():
+            pairs = [(trial, seed) for trial in trials if trial.options == options for seed in seeds]
+            run = Run(self, pairs[0][0].arm, options, [(trial.rate, seed) for trial, seed in pairs], self.steps)
+            yield from ((trial, result) for (trial, _), result in zip(pairs, run.results(1), strict=True))
+
+    def cost(self, trials: Mapping[str, Trial]) -> dict[str, float]:
+        """Seconds of a step of each arm, one network: the median of rounds in which all take turns, in CPU time of one thread."""
+        runs = {arm: Run(self, arm, trial.options, [(trial.rate, 0)], self.steps) for arm, trial in trials.items()}
+        seconds: dict[str, list[float]] = {arm: [] for arm in trials}
+        for turn in range(COST_ROUNDS + 1):
+            for arm, run in runs.items():
+                begun = time.thread_time()
+                for _ in range(COST_STEPS):
+                    run.advance()
+                if turn:
+                    seconds[arm].append((time.thread_time() - begun) / COST_STEPS)
+        return {arm: statistics.median(values) for arm, values in seconds.items()}
 
     def model(self, seed: int) -> nn.Module:
         """The base with fresh adapters, A drawn from the seed, B zero."""
@@ -170,41 +203,91 @@ class Lora(Task):
         adapted: nn.Module = peft.inject_adapter_in_model(config, base)
         return adapted
 
-    def train_one(self, trial: Trial, seed: int) -> Result:
-        """One run; a loss that is not finite ends it as diverged."""
-        work, text = self.work, english()
-        model, steps = self.model(seed), max(1, round(trial.share * self.steps))
-        optimizer = ARMS[trial.arm].begin(model, Symmetries(joints(work, self.folder), model=model), trial.rate, **trial.options)
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        generator = torch.Generator().manual_seed(1000 + seed)
-        result = Result(seed, math.inf)
-        for step in range(steps):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate_scale(step, steps)
-            ids, targets = sample(text.train, generator, work.batch, model.config.context)  # type: ignore[union-attr]
-            begun = time.thread_time()
-            loss = loss_of(model, ids, targets)
-            optimizer.zero_grad()
-            loss.backward()
-            between = time.thread_time()
-            optimizer.step()
-            ended = time.thread_time()
-            result.seconds += ended - begun
-            result.optimizer_seconds += ended - between
-            if not math.isfinite(loss.item()):
-                return result
-            if (step + 1) * CURVE_POINTS // steps > step * CURVE_POINTS // steps:
-                result.curve.append((step + 1, held_out(model, text, work.windows)))
-        result.measures = {"loss on Python": held_out(model, python(), work.windows)}
-        result.final = result.curve[-1][1] if math.isfinite(result.curve[-1][1]) else math.inf
-        return result
+
+class Run:
+    """Networks (rate, seed) that train side by side on one base: their factors are stacked for the model's pass alone.
+
+    To the optimizer and its teleporters every factor is a parameter of its own, so that each network goes the way that it goes alone.
+    """
+
+    def __init__(self, task: Lora, arm: str, options: Options, networks: Sequence[tuple[float, int]], steps: int) -> None:
+        models = [task.model(seed) for _, seed in networks]
+        self.work, self.model, self.networks, self.steps, self.step = task.work, models[0], networks, steps, 0
+        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.stack = [
+            Adapters([(f"{place}.{name}", model.get_parameter(name)) for name in self.names], rate)
+            for place, (model, (rate, _)) in enumerate(zip(models, networks, strict=True))
+        ]
+        self.begun = [[p.detach().clone() for _, p in one.named] for one in self.stack]
+        found = joints(task.work, task.folder)
+        symmetries = Symmetries(tuple(_of(joint, place) for place in range(len(networks)) for joint in found))
+        self.optimizer = ARMS[arm].begin(self.stack, symmetries, **options)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.streams = {seed: torch.Generator().manual_seed(1000 + seed) for _, seed in networks}
+        self.dead = [False] * len(networks)
+
+    def losses(self, stacked: Mapping[str, Tensor], ids: Tensor, targets: Tensor, alike: bool = False) -> Tensor:
+        """Every network's loss, (networks,), on its own windows or on the same ones."""
+
+        def one(factors: dict[str, Tensor], ids: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(self.model, factors, (ids,)).flatten(0, 1), targets.flatten())
+
+        which = None if alike else 0
+        found: Tensor = torch.vmap(one, in_dims=(0, which, which))(dict(stacked), ids, targets)
+        return found
+
+    def stacked(self) -> dict[str, Tensor]:
+        return {name: torch.stack([one.named[i][1] for one in self.stack]) for i, name in enumerate(self.names)}
+
+    def advance(self) -> None:
+        """One step of all; one whose loss is not finite has diverged, and goes back to its start for good."""
+        context = self.work.config().context
+        batches = {seed: sample(english().train, stream, self.work.batch, context) for seed, stream in self.streams.items()}
+        ids, targets = (torch.stack([batches[seed][part] for _, seed in self.networks]) for part in (0, 1))
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * rate_scale(self.step, self.steps)
+        self.optimizer.zero_grad()
+        losses = self.losses(self.stacked(), ids, targets)
+        losses.sum().backward()
+        for place, loss in enumerate(losses.tolist()):
+            self.dead[place] = self.dead[place] or not math.isfinite(loss)
+            if self.dead[place]:
+                for (_, p), start in zip(self.stack[place].named, self.begun[place], strict=True):
+                    p.data.copy_(start)
+                    p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.step += 1
+
+    @torch.no_grad()
+    def held_out(self, text: Text) -> list[float]:
+        """Losses on windows of held-out text, the same for every call."""
+        generator = torch.Generator().manual_seed(0)
+        ids, targets = sample(text.validation, generator, self.work.windows, self.work.config().context)
+        losses = torch.stack([self.losses(self.stacked(), *part, alike=True) for part in zip(ids.split(8), targets.split(8), strict=True)])
+        return [math.inf if dead or not math.isfinite(loss) else loss for dead, loss in zip(self.dead, losses.mean(0).tolist(), strict=True)]
+
+    def results(self, points: int) -> list[Result]:
+        """Trains to the end; one result a network, with a curve of `points` points."""
+        curves = []
+        while self.step < self.steps:
+            self.advance()
+            if self.step * points // self.steps > (self.step - 1) * points // self.steps:
+                curves.append((self.step, self.held_out(english())))
+        kept = self.held_out(python()) if points > 1 else []
+        return [
+            Result(
+                seed, curves[-1][1][place], [(step, losses[place]) for step, losses in curves],
+                {"loss on Python": kept[place]} if kept else {},
+            )
+            for place, (_, seed) in enumerate(self.networks)
+        ]
 
 
-@torch.no_grad()
-def held_out(model: nn.Module, text: Text, windows: int) -> float:
-    """Loss on windows of held-out text, the same for every call."""
-    ids, targets = sample(text.validation, torch.Generator().manual_seed(0), windows, model.config.context)  # type: ignore[union-attr]
-    return loss_of(model, ids, targets).item()
+def _of(joint: Joint, place: int) -> Joint:
+    """The joint of network number `place`."""
+    sides = ([replace(view, parameter=f"{place}.{view.parameter}") for view in side] for side in (joint.plus, joint.minus))
+    plus, minus = map(tuple, sides)
+    return replace(joint, name=f"{place}.{joint.name}", plus=plus, minus=minus)
 
 
 @cache
