@@ -80,10 +80,12 @@ def _schedule_free(named: Named, rate: float, _: Any, **options: Any) -> Optimiz
     return made
 
 
-def _rotated(named: Named, rate: float, symmetries: Any, beta1: float, hidden: bool = False, **options: Any) -> Optimizer:
+def _rotated(named: Named, rate: float, symmetries: Any, beta1: float, hidden: bool | None = None, **options: Any) -> Optimizer:
     # without a residual stream (an MLP, a convolutional net) every side of a matrix is turned
     streams = symmetries is not None and any(joint.group.form == "dense" for joint in symmetries)
-    given: dict[str, Any] = {"symmetries": symmetries, "hidden": hidden} if streams else {"sides": {"*": ("whole", "whole")}}
+    given: dict[str, Any] = {"symmetries": symmetries} if streams else {"sides": {"*": ("whole", "whole")}}
+    if hidden is not None:
+        given["hidden"] = hidden
     return tf.optim.Rotated(named, lr=rate, betas=(beta1, options["beta2"]), **given)
 
 
