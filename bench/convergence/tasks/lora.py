@@ -28,7 +28,7 @@ from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
 
 BASE_RATE, BASE_SEED = 0.003, 0
-CURVE_POINTS = 8
+CURVE_POINTS = 5
 COST_ROUNDS, COST_STEPS = 5, 5
 TARGETS = ["q", "k", "v", "o", "up", "down", "head"]
 FOLDER = Path("runs/lora")
