@@ -20,8 +20,8 @@ SIZES = {
     "gpt-0.2M": (GPTConfig(d_model=64), 360),
     "gpt-0.9M": (GPTConfig(), 360),
     "gpt-4M": (GPTConfig(d_model=256, layers=5), 360),
-    "gpt-0.2M-gated-rotary": (GPTConfig(d_model=64, mlp="swiglu", positions="rotary", gains=True), 360),
-    "gpt-0.9M-gated-rotary": (GPTConfig(mlp="swiglu", positions="rotary", gains=True), 360),
+    "gpt-gated-rotary-0.2M": (GPTConfig(d_model=64, mlp="swiglu", positions="rotary", gains=True), 360),
+    "gpt-gated-rotary-0.9M": (GPTConfig(mlp="swiglu", positions="rotary", gains=True), 360),
 }
 # The third of six rates. Muon's is for a whole matrix, not for an entry.
 MIDDLE = {"muon": 0.015, "adamw": 0.0015}
@@ -46,6 +46,10 @@ class Bytes(Task):
     def space(self, arm: str) -> Space:
         arm_of(arm, {})
         return Space.around(MIDDLE.get(arm.partition(":")[0], 0.0033), MOMENTA, factor=1.47)
+
+    def references(self, arm: str) -> tuple[str, ...]:
+        """Rotated is held to Muon as well, the strongest of the peers here."""
+        return (*super().references(arm), *(["muon"] if arm.startswith("rotated") and "muon" in self.arms else []))
 
     def train(self, trial: Trial, seeds: Sequence[int]) -> Iterator[Result]:
         work = replace(self.work, steps=max(1, round(trial.share * self.steps)))
