@@ -70,21 +70,6 @@ def found_inf(optimizer: Optimizer) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-class Verdict:
-    """A scaler's verdict on its way to the host; nobody waits for it before the next step asks."""
-
-    def __init__(self, found: Tensor) -> None:
-        self._host = found.to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if found.is_cuda else None
-        if self._event is not None:
-            self._event.record()
-
-    def is_void(self) -> bool:
-        if self._event is not None:
-            self._event.synchronize()
-        return bool(self._host)
-
-
 def unless(void: Tensor, element: E) -> E:
     """The element, or the identity where `void` (0-d bool) holds or an entry is not finite; nothing is read back."""
     void = void.to(element.finite().device, non_blocking=True) | ~element.finite()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import Verdict, found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
+from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
+from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients, clip_, total_norm
 from teleport_fast.moving import move_all_
 from teleport_fast.objectives import Move, Objective
@@ -66,7 +67,7 @@ class Teleporter:
         self._watches = type(objective).observe is not Objective.observe
         self._looked = False
         self._tracked = Tracked(self.plan.buckets)
-        self._verdict: Verdict | None = None
+        self._verdict: Flag | None = None
         self.step_count = self.step_count
         # compiled steps call them as they are: traced, a schedule's decision and the counter would be guards
         self._handles = [
@@ -300,12 +301,12 @@ class Teleporter:
             if self._away:
                 self._come_back(optimizer)
             found = found_inf(optimizer)
-            self._verdict = None if found is None else Verdict(found)
+            self._verdict = None if found is None else Flag(found)
 
     def _settle(self) -> None:
         """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
         verdict, self._verdict = self._verdict, None
-        if verdict is not None and verdict.is_void():
+        if verdict is not None and verdict.is_set():
             self.step_count -= 1
 
     @torch.no_grad()

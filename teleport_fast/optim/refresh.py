@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teleport_fast.flag import Flag
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.ops.covariance import NORMALISE, covariance_
 from teleport_fast.ops.group_action import group_action_
@@ -87,8 +88,8 @@ class Refresh:
         self.every, self.hidden_every, self.covariance_parts = every, hidden_every, covariance_parts
         self.decay, self.basis_dtype = decay, basis_dtype
         self.normalise, self.second_moments = normalise, second_moments
-        # (flags on their way to the host, the event after which they are there) by owner; only off the CPU
-        self._pending: dict[Owner, tuple[Tensor, Any]] = {}
+        # only off the CPU
+        self._pending: dict[Owner, Flag] = {}
 
     def dtype_for(self, parameter: Tensor) -> torch.dtype:
         """What bases and covariances of this parameter are kept in."""
@@ -114,6 +115,7 @@ class Refresh:
         due: dict[tuple[Any, ...], list[Owner]] = {}
         moments: dict[Owner, list[Tensor]] = {}
         squares: dict[Owner, list[Tensor]] = {}
+        projects = self.second_moments == "project"
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
             if f"{axis}_basis" not in state[holder]:
@@ -133,13 +135,14 @@ class Refresh:
                 # a first basis is cold, and its images are far from orthogonal
                 cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
                 moments[owner] = _views("exp_avg", groups, state, everyone[owner])
-                squares[owner] = _views("exp_avg_sq", groups, state, everyone[owner])
+                # by default second moments stay, and nobody needs their views
+                squares[owner] = _views("exp_avg_sq", groups, state, everyone[owner]) if projects else []
                 key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]), len(squares[owner]))
                 due.setdefault(key, []).append(owner)
         for (shape, dtype, _, by_householder, _, _), owners in due.items():
             turning = [view for owner in owners for view in moments[owner]]
             turn = self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
-            if self.second_moments == "project":
+            if projects:
                 group_action_(
                     [view for owner in owners for view in squares[owner]], [], turn.square(), joints=len(owners)
                 )
@@ -183,21 +186,12 @@ class Refresh:
 
     def _send(self, owner: Owner, entry: dict[str, Any], axis: str, ill: Tensor) -> None:
         """Keep the flag, and let it travel: the next refresh finds it on the host without waiting."""
-        flag = entry[f"{axis}_ill"] = ill
-        event = None
-        host = flag.to("cpu", non_blocking=True)
-        if flag.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._pending[owner] = (host, event)
+        entry[f"{axis}_ill"] = ill
+        self._pending[owner] = Flag(ill)
 
     def _was_ill(self, owner: Owner, entry: dict[str, Any], axis: str) -> bool:
-        host, event = self._pending.pop(owner, (None, None))
-        if event is not None:
-            event.synchronize()
-        if host is None:
-            host = entry.get(f"{axis}_ill")
-        return host is not None and bool(host)
+        sent = self._pending.pop(owner, None)
+        return bool(entry.get(f"{axis}_ill")) if sent is None else sent.is_set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": {}}
