@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 import teleport_fast as tf
 from bench.convergence.additions import Context, arm_space, base_options, begin, parse
+from bench.convergence.costs import step_seconds
 from bench.convergence.interface import Result, Space, Task, Trial
 from bench.convergence.optimizers import base_named
 from bench.convergence.stacked import stackable, train_stacked
@@ -25,7 +24,6 @@ from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
 
 CURVE_POINTS = 20
-COST_ROUNDS, COST_STEPS = 5, 5
 
 
 @dataclass(frozen=True)
@@ -105,17 +103,8 @@ class Digits(Task):
         return result
 
     def cost(self, trials: Mapping[str, Trial]) -> dict[str, float]:
-        """Seconds of a step of each arm, alone: the median of rounds in which all take turns, in CPU time of one thread."""
-        runs = {arm: Run(self, trial, 0) for arm, trial in trials.items()}
-        seconds: dict[str, list[float]] = {arm: [] for arm in trials}
-        for turn in range(COST_ROUNDS + 1):
-            for arm, run in runs.items():
-                begun = time.thread_time()
-                for _ in range(COST_STEPS):
-                    run.advance()
-                if turn:
-                    seconds[arm].append((time.thread_time() - begun) / COST_STEPS)
-        return {arm: statistics.median(values) for arm, values in seconds.items()}
+        """Seconds of a step of each arm, alone: `step_seconds`."""
+        return step_seconds({arm: Run(self, trial, 0) for arm, trial in trials.items()})
 
 
 class Run:

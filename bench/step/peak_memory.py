@@ -10,29 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import teleport_fast as tf
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.experiments.memory import peak
 
 OBJECTIVES = ("grad_norm", "grad_l1", "balance", "random", "eigenbasis")
-
-
-def peak(work: Callable[[], object]) -> int:
-    """The most bytes that were out at once during the work."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    results: Any = profile.profiler.kineto_results
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda event: event.start_ns())
-    live = most = 0
-    for event in events:
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 def measure(config: GPTConfig) -> dict[str, dict[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 import teleport_fast as tf
+from teleport_fast.experiments.memory import peak
 from teleport_fast.symmetry import Diagonal, GeneralLinear
 
 FLAGS = {
@@ -83,19 +83,6 @@ def test_a_rate_in_a_tensor_is_the_same_rate(arm: Any) -> None:
     for one, two in zip(run.weights(), other.weights(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9 if arm.name != "Muon" else 1e-6, atol=1e-9)
     assert run.engine is None or run.teleports == other.teleports == [2, 4]
-
-
-def peak(work: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had given out at once during the work."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    results: Any = profile.profiler.kineto_results
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda event: event.start_ns())
-    live = most = 0
-    for event in events:
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 @pytest.mark.support("peak memory of a step: the base's and 2% of the parameters")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -18,6 +16,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 import teleport_fast as tf
+from bench.convergence.costs import step_seconds
 from bench.convergence.english import english
 from bench.convergence.interface import Result, Space, Task, Trial
 from teleport_fast import objectives
@@ -29,7 +28,6 @@ from teleport_fast.symmetry.symmetries import Symmetries
 
 BASE_RATE, BASE_SEED = 0.003, 0
 CURVE_POINTS = 5
-COST_ROUNDS, COST_STEPS = 5, 5
 TARGETS = ["q", "k", "v", "o", "up", "down", "head"]
 FOLDER = Path("runs/lora")
 Options = Mapping[str, Any]
@@ -181,17 +179,8 @@ class Lora(Task):
             yield from ((trial, result) for (trial, _), result in zip(pairs, run.results(1), strict=True))
 
     def cost(self, trials: Mapping[str, Trial]) -> dict[str, float]:
-        """Seconds of a step of each arm, one network: the median of rounds in which all take turns, in CPU time of one thread."""
-        runs = {arm: Run(self, arm, trial.options, [(trial.rate, 0)], self.steps) for arm, trial in trials.items()}
-        seconds: dict[str, list[float]] = {arm: [] for arm in trials}
-        for turn in range(COST_ROUNDS + 1):
-            for arm, run in runs.items():
-                begun = time.thread_time()
-                for _ in range(COST_STEPS):
-                    run.advance()
-                if turn:
-                    seconds[arm].append((time.thread_time() - begun) / COST_STEPS)
-        return {arm: statistics.median(values) for arm, values in seconds.items()}
+        """Seconds of a step of each arm, one network: `step_seconds`."""
+        return step_seconds({arm: Run(self, arm, trial.options, [(trial.rate, 0)], self.steps) for arm, trial in trials.items()})
 
     def model(self, seed: int) -> nn.Module:
         """The base with fresh adapters, A drawn from the seed, B zero."""
