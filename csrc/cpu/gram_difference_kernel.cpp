@@ -3,6 +3,7 @@
 #include "gram_difference.h"
 #include "gram_dots.h"
 #include "gram_narrow.h"
+#include "gram_runs.h"
 #include "vec.h"
 
 namespace teleport_fast::TELEPORT_FAST_ISA {
@@ -14,16 +15,11 @@ constexpr int64_t kPitch = kGramDepth * kStrip<T>;
 template <class S, class T>
 void pack_segment(const GramSegment& segment, int64_t head, int64_t ahead, int64_t h, T* to) {
   const View& view = *segment.view;
-  int64_t column = segment.first, left = segment.count;
-  while (left > 0) {
-    const int64_t outer = column / view.inner, inner = column % view.inner;
-    const int64_t run = left < view.inner - inner ? left : view.inner - inner;
-    const S* from = static_cast<const S*>(view.data) + head * view.head_step + outer * view.outer_step + inner * view.inner_step;
+  for_runs(segment, head, [&](int64_t offset, int64_t, int64_t run) {
+    const S* from = static_cast<const S*>(view.data) + offset;
     pack_strips(from, view.row_step, view.inner_step, h, run, to, kPitch<T>, ahead);
     to += run * kStrip<T>;
-    column += run;
-    left -= run;
-  }
+  });
 }
 
 void pack(const GramSegment& segment, int64_t head, int64_t ahead, int64_t h, float* to) {

@@ -1,8 +1,7 @@
 // Grams of rows that are contiguous along the columns: dot products with the lanes along the columns, so that nothing is transposed.
 #pragma once
 
-#include "gram_difference.h"
-#include "vec.h"
+#include "gram_runs.h"
 
 namespace teleport_fast::TELEPORT_FAST_ISA {
 
@@ -116,20 +115,14 @@ NOINLINE void copy_rows(const S* from, int64_t row_step, int64_t rows, int64_t c
 template <class S, class T>
 void copy_segment(const GramSegment& segment, int64_t head, int64_t first_row, int64_t rows, int64_t h, T* to) {
   const View& view = *segment.view;
-  int64_t column = segment.first, left = segment.count;
-  const bool last = column + left == view.columns();
-  while (left > 0) {
-    const int64_t outer = column / view.inner, inner = column % view.inner;
-    const int64_t run = left < view.inner - inner ? left : view.inner - inner;
-    const int64_t corner = head * view.head_step + first_row * view.row_step + outer * view.outer_step + inner;
-    const S* from = static_cast<const S*>(view.data) + corner;
+  const bool last = segment.first + segment.count == view.columns();
+  for_runs(segment, head, [&](int64_t offset, int64_t inner, int64_t run) {
+    const S* from = static_cast<const S*>(view.data) + offset + first_row * view.row_step;
     // After the last rows come the first ones of the next panel, which may be the next head's.
     const int64_t next_panel = (last ? view.head_step - inner : run) - first_row * view.row_step;
     copy_rows(from, view.row_step, rows, run, to, first_row + kDotRows < h ? kDotRows * view.row_step : next_panel);
     to += run;
-    column += run;
-    left -= run;
-  }
+  });
 }
 INLINE void copy(const GramSegment& segment, int64_t head, int64_t first_row, int64_t rows, int64_t h, float* to) {
   switch (segment.view->storage) {

@@ -1,8 +1,7 @@
 // Grams of one vector of rows, contiguous in memory: outer products of the columns where they lie, nothing is packed.
 #pragma once
 
-#include "gram_difference.h"
-#include "vec.h"
+#include "gram_runs.h"
 
 namespace teleport_fast::TELEPORT_FAST_ISA {
 
@@ -53,15 +52,10 @@ struct OuterProducts {
 template <class T>
 NOINLINE void add_narrow(const GramSegment& segment, int64_t head, int64_t ahead, int64_t h, T sign, T* partial, int64_t ld) {
   const View& view = *segment.view;
-  int64_t column = segment.first, left = segment.count;
-  while (left > 0) {
-    const int64_t outer = column / view.inner, inner = column % view.inner;
-    const int64_t run = left < view.inner - inner ? left : view.inner - inner;
-    const T* from = static_cast<const T*>(view.data) + head * view.head_step + outer * view.outer_step + inner * view.inner_step;
+  for_runs(segment, head, [&](int64_t offset, int64_t, int64_t run) {
+    const T* from = static_cast<const T*>(view.data) + offset;
     run_tile<kLanes<T>>(int(h), 0, OuterProducts<T>{from, view.inner_step, run, ahead, sign, partial, ld, partial + h * ld});
-    column += run;
-    left -= run;
-  }
+  });
 }
 
 }  // namespace teleport_fast::TELEPORT_FAST_ISA
