@@ -102,12 +102,20 @@ def cards(found: Found) -> list[dict[str, str]]:
     made = []
     for row in mappings(found.comparison.get("summary")):
         arm = text(row.get("arm"))
-        gained = f"{shown(row.get('gain'), '.3f')} below {baseline}" if math.isfinite(_mean(row.get("gain"))) else "no pair"
-        reached = f"its loss after {shown(row.get('reach'), '.0f')} steps" if number(row.get("reached")) > 0 else "its loss not reached"
-        note = f"learning rate {shown(row.get('rate'))}, {shown(row.get('seeds'), '.0f')} seeds" if arm == baseline else f"{gained}; {reached}"
+        note = f"learning rate {shown(row.get('rate'))}, seeds: {shown(row.get('seeds'), '.0f')}; the baseline"
+        if arm != baseline:
+            reached = f"its loss after {shown(row.get('reach'), '.0f')} steps" if number(row.get("reached")) > 0 else "its loss not reached"
+            note = f"{_gained(numbers(row.get('gain')), baseline)}; {reached}"
         loss = shown(row.get("loss"), ".3f") if math.isfinite(_mean(row.get("loss"))) else "diverged"
         made.append({"name": arm, "value": loss, "note": note, "colour": colour.get(arm, "#000000")})
     return made
+
+
+def _gained(gain: Sequence[float], baseline: str) -> str:
+    if not gain or not math.isfinite(gain[0]):
+        return f"not paired with {baseline}"
+    side = "below" if gain[0] >= 0 else "above"
+    return f"{shown([abs(gain[0]), *gain[1:]], '.3f')} {side} {baseline}"
 
 
 def _compared(found: Found) -> list[Section]:
@@ -142,7 +150,8 @@ def _compared(found: Found) -> list[Section]:
     if joints.tables:
         joints.words.append(
             "A joint is a hidden space that some tensors write and others read; dim is its number of continuous symmetric dimensions, "
-            "proof the outputs' relative deviation under a random element of its group when it was found."
+            "proof the outputs' relative deviation under a random element of its group when it was found. P: its eigenvalues in the last "
+            "move. Diagonal: the diagonal's share of the gradient covariance's squared norm, 1 in an eigenbasis."
         )
     return [first, moves, bases, joints]
 
@@ -172,12 +181,12 @@ def _record_table(history: History) -> Table:
 
 
 def _joint_table(run: RunRead) -> Table:
-    header = ("joint", "kind", "group", "heads", "width", "dim", "proof", "moves", "‖g − I‖", "P between", "diagonal's share", "")
+    header = ("joint", "kind", "group", "heads", "width", "dim", "proof", "moves", "‖g − I‖, first and last", "P, last", "diagonal", "left out")
     rows = []
     for row in run.joints:
         distance, powers = numbers(row.get("distance")), numbers(row.get("log_p"))
         held = mappings([row.get("covariance")])
-        p = f"{shown(_exp(powers[-1]), '.2g')} and {shown(_exp(powers[0]), '.2g')}" if powers else "–"
+        p = f"{shown(_exp(powers[-1]), '.2g')} to {shown(_exp(powers[0]), '.2g')}" if powers else "–"
         rows.append(
             (
                 text(row.get("name")),
@@ -186,7 +195,7 @@ def _joint_table(run: RunRead) -> Table:
                 *(shown(row.get(key), ",.0f") for key in ("heads", "width", "dim")),
                 shown(row.get("deviation"), ".0e"),
                 shown(row.get("moves"), ".0f"),
-                " → ".join(shown(value, ".2f") for value in distance) or "–",
+                ", ".join(shown(value, ".2f") for value in distance) or "–",
                 p,
                 shown(held[0].get("share"), ".3f") if held else "–",
                 text(row.get("why_not")),

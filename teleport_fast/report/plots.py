@@ -155,11 +155,12 @@ def _rank(index: int, count: int) -> float:
 
 
 def _logarithmic(axis: Any, set_scale: Any) -> None:
-    from matplotlib.ticker import LogFormatter, NullFormatter
+    from matplotlib.ticker import LogFormatter
 
     set_scale("log", nonpositive="mask")
     axis.set_major_formatter(LogFormatter())
-    axis.set_minor_formatter(NullFormatter())
+    # within less than two decades the steps between powers of ten are named too
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
 
 
 def _spread(axes: Any, every: Sequence[Sequence[tuple[float, float]]], colour: str, label: str = "", marker: str = "") -> None:
