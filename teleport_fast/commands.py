@@ -1,4 +1,4 @@
-"""The verbs of `python -m teleport_fast`: doctor, inspect, canonicalize, train and reproduce."""
+"""The verbs of `python -m teleport_fast`: doctor, inspect, canonicalize, train, report and reproduce."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from teleport_fast.experiments.gpt_options import (
 from teleport_fast.experiments.studies.command import reproduce
 from teleport_fast.experiments.train import Setting
 from teleport_fast.inspection.command import canonicalize, inspect
+from teleport_fast.report.command import report
 
 SETTING = Setting()
 app = typer.Typer(
@@ -163,4 +164,5 @@ def train(
 
 app.command()(inspect)
 app.command()(canonicalize)
+app.command()(report)
 app.command()(reproduce)
