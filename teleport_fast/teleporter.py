@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless, unless_remembered
+from teleport_fast.called import (
+    found_inf,
+    full_precision,
+    has_no_rate,
+    is_nested,
+    run_closure_once,
+    unless,
+    unless_remembered,
+)
 from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients
 from teleport_fast.moving import move_all_
