@@ -84,8 +84,8 @@ class Covariances:
         """Which columns each view gives, by the view's parameter and what it shows of it."""
         if parts == 1:
             return {}
-        joints = [joint for run in runs for joint in run.views.joints]
-        return {joint.name + str(joint.plus[0]): taken(joint.plus[0], self._gradients[joint.plus[0].parameter], part, parts) for joint in joints}
+        joints = [(joint, joint.plus[0]) for run in runs for joint in run.views.joints]
+        return {joint.name + str(view): taken(view, self._gradients[view.parameter], part, parts) for joint, view in joints}
 
     def _views(
         self, part: Part, run: Run, tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], columns: Mapping[str, Taken | None]

@@ -64,7 +64,7 @@ def every_objective_and_frame_is_that_of_one_process() -> None:
     stand.compared("gpt", sharded, objective="scaled", frame="return", base=lambda p: torch.optim.SGD(p, lr=1e-2))
     for policy in ("reset", "project"):
         stand.compared("uneven", sharded, objective="grad_norm", schedule=tf.At(2), second_moments=policy)
-    stand.compared("gpt", sharded, objective="grad_norm", schedule=tf.At(2), max_norm=0.05, base=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    stand.compared("gpt", sharded, schedule=tf.At(2), max_norm=0.05, base=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
 
 
 @on(2)
@@ -116,7 +116,7 @@ def mixed_precision_teleports_keep_the_function() -> None:
     alone = torch.optim.SGD(single.parameters(), lr=1e-9)
     tf.attach(alone, stand.symmetries_of("gpt", single), schedule=tf.At(0), radius=0.3)
     alone.step()
-    assert teleporter.history, 1
+    assert teleporter.history
     assert stand.far(stand.weights(model), before) > 1e-3, stand.far(stand.weights(model), before)
     assert stand.far(stand.weights(model), stand.weights(single)) < 1e-6
     with torch.no_grad():
