@@ -130,8 +130,15 @@ class Eigenbasis(Objective):
         assert isinstance(whole, Tensor) and isinstance(inside, Tensor)
         return torch.where(whole > 0, inside / whole, 0.0)
 
+    def memory(self) -> dict[str, Tensor]:
+        """The covariances. Which part of the columns comes next is the host's to count: a void step's part is passed over."""
+        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        self.covariances = {int(index): covariance for index, covariance in memory.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        kept = self.memory()
         if self.parts > 1:
             kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
         return kept
