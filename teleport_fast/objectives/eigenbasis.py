@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
 from teleport_fast.ops.covariance import NORMALISE, covariance_
-from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.groups import DenseGroup
 from teleport_fast.symmetry.joint import Joint
 
@@ -36,6 +36,7 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    adds = False
 
     def __init__(
         self,
@@ -92,9 +93,20 @@ class Eigenbasis(Objective):
         for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
             covariance_(rows, tensors, self.decay, 1, self.normalise)
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def needs_whole(self, joint: Joint) -> str | None:
+        return "the parts of its columns would be others on every rank; pass parts=1" if self.parts > 1 else None
+
+    def take_in(self, index: int, mean: Tensor) -> None:
+        """C ← β C + (1 − β) `mean` of bucket `index`, (joints·heads, h, h): Σ G Gᵀ/‖G‖² that was summed elsewhere."""
+        covariance = self.covariances.setdefault(index, torch.zeros_like(mean))
+        covariance.mul_(self.decay).add_(mean, alpha=1 - self.decay)
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element | Split, Tensor] | None:
         if self.takes == "turns":
             self._take_up(index, bucket, move.gradients)
+        return self.decide(index, bucket, (), move)
+
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         covariance = self.covariances.get(index)
         if covariance is None:
             return None
@@ -138,7 +150,7 @@ class RandomRotation(Objective):
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         like = move.parameters[bucket.joints[0].parameters()[0]]
         shape = (len(bucket.joints) * bucket.heads, bucket.width, bucket.width)
         noise = torch.randn(shape, generator=move.generator, dtype=torch.promote_types(like.dtype, torch.float32))

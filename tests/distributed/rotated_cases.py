@@ -9,11 +9,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch._dynamo  # fully_shard loads it, a second that the ranks are spared when it is there before they fork
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 from teleport_fast.experiments.gpt import GPT, GPTConfig
 from teleport_fast.optim import Rotated
@@ -66,6 +67,7 @@ def distance(one: Any, other: Any) -> float:
         for a, b in pairs:
             assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
             if a.numel():
+                assert a.isfinite().all() and b.isfinite().all()
                 worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
     return worst
 
@@ -94,7 +96,11 @@ class Twins:
     ) -> None:
         generator = torch.Generator().manual_seed(3)
         self.whole = {n: nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for n, s in shapes.items()}
-        self.sharded = {n: nn.Parameter(distribute_tensor(p.detach(), on, placements)) for n, p in self.whole.items()}
+        copies = [Replicate()] * on.ndim
+        self.sharded = {
+            n: nn.Parameter(distribute_tensor(p.detach(), on, placements if p.dim() == 2 else copies))
+            for n, p in self.whole.items()
+        }
         self.one, self.many = (Rotated([*p.items()], **options) for p in (self.whole, self.sharded))
         self.generator = generator
 
