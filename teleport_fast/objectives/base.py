@@ -95,6 +95,14 @@ class Objective(ABC):
     def value(self, move: Move) -> Tensor:
         """What is being raised or lowered, a 0-d tensor, for the record."""
 
+    def memory(self) -> dict[str, Tensor]:
+        """What a step that turns out void must leave as it was; copies, where their originals are written into."""
+        return self.state_dict()
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        """Take back what `memory` gave, without reading anything back to the host where that matters."""
+        self.load_state_dict(memory)
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
