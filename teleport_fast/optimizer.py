@@ -151,6 +151,12 @@ def attach_as(
     return teleporter
 
 
+def attached_to(optimizer: Optimizer) -> list[Teleporter]:
+    """The teleporters that are attached to this very optimizer and not detached, first to last."""
+    live = [teleporter for teleporter in _attached.get(optimizer, ()) if teleporter._handles]
+    return sorted(live, key=lambda teleporter: int(teleporter._counter.removeprefix("teleport_step") or 0))
+
+
 class Teleport(Optimizer):
     """An optimizer that teleports: `Teleport(torch.optim.AdamW(model.parameters()), symmetries, ...)`.
 

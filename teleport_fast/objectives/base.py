@@ -32,7 +32,7 @@ class Objective(ABC):
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
-    or "parameters".
+    or "parameters"; `stretches` is False where every element is a rotation.
     """
 
     name = "objective"
@@ -41,6 +41,7 @@ class Objective(ABC):
     closed_form: tuple[str, ...] = ()
     frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
+    stretches = True
 
     def default_radius(self, direction: str) -> float:
         """Searches without an optimum are bounded by 0.5: a condition number of g of at most e."""

@@ -34,6 +34,7 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def __init__(
         self,
@@ -132,6 +133,7 @@ class RandomRotation(Objective):
     name = "random"
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
