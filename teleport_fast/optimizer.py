@@ -180,6 +180,12 @@ def _lies_on_replicas(optimizer: Optimizer) -> bool:
     return all(as_dtensor(parameter) is None for group in optimizer.param_groups for parameter in group["params"])
 
 
+def attached_to(optimizer: Optimizer) -> list[Teleporter]:
+    """The teleporters that are attached to this very optimizer and not detached, first to last."""
+    live = [teleporter for teleporter in _attached.get(optimizer, ()) if teleporter._handles]
+    return sorted(live, key=lambda teleporter: int(teleporter._counter.removeprefix("teleport_step") or 0))
+
+
 class Teleport(Optimizer):
     """An optimizer that teleports: `Teleport(torch.optim.AdamW(model.parameters()), symmetries, ...)`.
 

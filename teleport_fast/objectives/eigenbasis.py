@@ -36,6 +36,7 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    stretches = False
     adds = False
 
     def __init__(
@@ -155,6 +156,7 @@ class RandomRotation(Objective):
     name = "random"
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
