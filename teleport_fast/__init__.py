@@ -9,9 +9,10 @@ from teleport_fast.conditions import First, OffEigenvector, Plateau, WorthItsTim
 from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gains_
 from teleport_fast.ops.backend import backends, set_backend
 from teleport_fast.optimizer import Teleport, attach
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import At, Every, Once, Schedule, StepInfo, When
 from teleport_fast.symmetry import Joint, Symmetries, VerifyReport, View
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
 
 if typing.TYPE_CHECKING:
     from teleport_fast import data_dependent, minima, optim, peers

@@ -148,7 +148,8 @@ class GradL1(Objective):
 
 def _l1(wide: Tensor) -> Tensor:
     """The l1 norm of every head, (joints·heads,), without a copy of absolute values."""
-    return torch.linalg.vector_norm(wide, 1, (1, 2))
+    norms: Tensor = torch.linalg.vector_norm(wide, 1, (1, 2))
+    return norms
 
 
 def _side_by_side(views: list[Tensor], joints: int) -> Tensor:
