@@ -73,7 +73,7 @@ def test_the_wheel_installs_in_a_fresh_environment_and_works(
     python = wheels.fresh_environment(tmp_path / "environment")
     wheels.install(built[1], python)
     # everything is tried before the last line, which says that what the wheel does not hold is missed
-    with pytest.raises(SystemExit, match="(?s)backends: reference.*required backend cpp is missing"):
+    with pytest.raises(SystemExit, match=r"(?s)backends: reference.*required backend cpp is missing"):
         wheels.smoke(python, "--require", "cpp")
 
 
