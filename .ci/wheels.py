@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / ".ci" / "smoke.py"
 TYPED = ROOT / "tests" / "fixtures" / "typed_script.py"
 # What an sdist must hold to be built from: folder and the endings of its files.
-SOURCES = {"csrc": (".cpp", ".h", ".cu"), "kernels": (".py",), "teleport_fast": (".py", ".pyi", ".json", "py.typed")}
+SOURCES = {"csrc": (".cpp", ".h", ".cu"), "kernels": (".py",), "teleport_fast": (".py", ".pyi", ".json", ".html", "py.typed")}
 FILES = ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
 NO_COMPILER = "no-compiler-here"
 
