@@ -60,15 +60,18 @@ __all__ = [
 _LAZY = {"data_dependent": None, "minima": None, "optim": None, "peers": None, "curvature": "minima", "sharpness": "minima"}
 
 
-def __getattr__(name: str) -> typing.Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = _LAZY[name]
-    value = importlib.import_module(f"{__name__}.{room or name}")
-    if room is not None:
-        value = getattr(value, name)
-    globals()[name] = value
-    return value
+# Hidden from type checkers, to which every name would exist otherwise.
+if not typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> typing.Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        room = _LAZY[name]
+        value = importlib.import_module(f"{__name__}.{room or name}")
+        if room is not None:
+            value = getattr(value, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
