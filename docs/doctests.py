@@ -13,11 +13,8 @@ EXAMPLE = re.compile(r"(?:^>>> .*\n?(?:^(?!>>> )(?=\S| ).+\n?)*)+", re.M)
 def fenced(docstring: str) -> str:
     """The docstring with each example in a fence.
 
-    >>> print(fenced(">>> 1 + 1\\n2"))
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> fenced(">>> 1 + 1\\n2").splitlines()
+    ['```pycon', '>>> 1 + 1', '2', '```']
     """
     return EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", docstring).rstrip("\n")
 

@@ -61,7 +61,7 @@ def train(
         Path, typer.Option(help="Folder for comparison.png and comparison.json, or the sweep's files.")
     ] = Path("runs/demo"),
     objective: Annotated[
-        str, typer.Option(help="Second arm: rotations (the default), grad_norm, grad_l1 or balance.")
+        str, typer.Option(help="Second arm: rotations (the default, shown beside rotated), grad_norm, grad_l1 or balance.")
     ] = "rotations",
     base: Annotated[
         str, typer.Option(help="Base optimizer of all arms: adamw, adam, sgd, adagrad or rmsprop.")
@@ -138,7 +138,8 @@ def train(
         raise ValueError(
             f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}; pass one of these names"
         )
-    names = [base, objective] + (["random"] if control and objective != "random" else [])
+    flagship = ["rotated"] if (base, objective) == ("adamw", "rotations") else []
+    names = [base, objective, *flagship] + (["random"] if control and objective != "random" else [])
     if arms is not None:
         names = [name.strip() for name in arms.split(",")]
     changes: dict[str, Any] = {"every": every, "radius": radius, "direction": direction}

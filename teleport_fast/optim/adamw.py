@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from teleport_fast.gradients import clip_
 from teleport_fast.objectives import Objective
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
@@ -101,7 +100,7 @@ class DeferringTeleporter(Teleporter):
 
     def _clip(self, everything: dict[str, Tensor]) -> None:
         """By the norm of the moved copies, since the step moves what is left to it by the same factors."""
-        clip_(self.plan.gradients(self.optimizer).values(), everything, self.max_norm)
+        self.plan.place.clip_(self.plan.gradients(self.optimizer).values(), everything, self.max_norm)
 
 
 class AdamW(torch.optim.AdamW):

@@ -13,7 +13,7 @@ from markupsafe import Markup
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 INK, GRID = "#3d4451", "#e3e6eb"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "teleport_fast",
     # names of arms and joints are text, whatever dollars they hold

@@ -134,7 +134,7 @@ class Bucket:
         Source: own derivation, checked by tests/symmetry/test_bucket.py.
         """
         if isinstance(element, Split):
-            plus, minus = self._sides
+            plus, minus = self.sides
             plus.move_(element.plus, sources)
             minus.move_(element.minus, sources)
         elif element.form == "dense":
@@ -145,7 +145,7 @@ class Bucket:
             self._permute(element.g, sources)
 
     @cached_property
-    def _sides(self) -> tuple[Bucket, Bucket]:
+    def sides(self) -> tuple[Bucket, Bucket]:
         """The same joints with their writers only, and with their readers only."""
         plus = tuple(replace(joint, minus=()) for joint in self.joints)
         return Bucket(plus), Bucket(tuple(replace(joint, plus=(), carried=()) for joint in self.joints))
