@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from teleport_fast.bases import check_base
 from teleport_fast.distributed.layout import as_dtensor
 from teleport_fast.objectives import Objective, make_objective
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -178,6 +179,12 @@ def _lies_on_replicas(optimizer: Optimizer) -> bool:
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return False
     return all(as_dtensor(parameter) is None for group in optimizer.param_groups for parameter in group["params"])
+
+
+def attached_to(optimizer: Optimizer) -> list[Teleporter]:
+    """The teleporters that are attached to this very optimizer and not detached, first to last."""
+    live = [teleporter for teleporter in _attached.get(optimizer, ()) if teleporter._handles]
+    return sorted(live, key=lambda teleporter: int(teleporter._counter.removeprefix("teleport_step") or 0))
 
 
 class Teleport(Optimizer):

@@ -37,6 +37,7 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    stretches = False
     adds = False
 
     def __init__(
@@ -168,6 +169,7 @@ class RandomRotation(Objective):
     name = "random"
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
@@ -222,4 +224,5 @@ def _shifted(covariance: Tensor) -> Tensor:
 def _rotation_size(q: Tensor) -> Tensor:
     """‖Q − I‖_F of the largest turn: the length of log Q to first order, without a logarithm."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return torch.linalg.matrix_norm(q - eye).amax()
+    sizes: Tensor = torch.linalg.matrix_norm(q - eye)
+    return sizes.amax()
