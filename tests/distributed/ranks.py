@@ -51,6 +51,7 @@ def _work(rank: int, world: int, names: list[str], folder: str, pipe: Connection
     import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
     )
