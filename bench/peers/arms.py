@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.convergence.additions import Context, begin, parse
 from bench.convergence.optimizers import base_named
@@ -51,7 +52,13 @@ def trained(arm: str, period: int, length: int = 100) -> Callable[[Workload], Ca
 
 
 def level_set(work: Workload) -> Callable[[], object]:
-    return lambda: level_set_teleport(work.loss, work.parameters, TELEPORT_STEPS)
+    """Its Hessian-vector products need an attention whose backward has a derivative: torch's plain one."""
+
+    def loss() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return work.loss()
+
+    return lambda: level_set_teleport(loss, work.parameters, TELEPORT_STEPS)
 
 
 def null_space(work: Workload) -> Callable[[], object]:

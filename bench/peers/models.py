@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,9 +49,15 @@ class Workload:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Weights and gradients afterwards are what they were."""
+        """Weights and gradients afterwards are what they were; within, gradients have noise of a tenth of their size.
+
+        Without it a covariance of the same few tokens' gradient has so many equal eigenvalues that LAPACK's eigh can fail (Shampoo).
+        """
         weights = [p.detach().clone() for p in self.parameters]
         gradients = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.add_(torch.randn_like(p.grad), alpha=0.1 * float(p.grad.square().mean().sqrt()))
         try:
             yield
         finally:
@@ -76,10 +83,13 @@ def gpt(config: GPTConfig, batch: int) -> Workload:
 def mlp(widths: tuple[int, ...], batch: int) -> Workload:
     """LeakyReLU without biases in float64, as the papers' code has it."""
     torch.manual_seed(0)
-    parts: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        parts += [nn.Linear(before, after, bias=False), nn.LeakyReLU(0.1)]
-    model = nn.Sequential(*parts[:-1]).double()
+    parts: dict[str, nn.Module] = {}
+    for place, (before, after) in enumerate(itertools.pairwise(widths)):
+        parts |= {f"layer{place}": nn.Linear(before, after, bias=False), f"activation{place}": nn.LeakyReLU(0.1)}
+    parts.popitem()
+    # what Muon leaves to AdamW goes by this name
+    parts["head"] = parts.popitem()[1]
+    model = nn.Sequential(OrderedDict(parts)).double()
     X, labels = torch.randn(batch, widths[0], dtype=torch.float64), torch.randint(widths[-1], (batch,))
     name = f"MLP {'-'.join(map(str, widths))}, batch {batch}, float64"
     return Workload(name, model, lambda: F.cross_entropy(model(X), labels), (X,), labels)
