@@ -1,4 +1,4 @@
-"""`make bench` finds every benchmark: those that share code import their neighbours."""
+"""`make bench-each` finds every benchmark: those that share code import their neighbours."""
 
 from __future__ import annotations
 
