@@ -23,18 +23,18 @@ def move_all_(
     """Parameters, gradients, first moments in one pass per bucket; second moments as `second_moments` says."""
     if not moves:
         return
-    states = state_sources(optimizer, parameters)
+    states, place = state_sources(optimizer, parameters), plan.place
     for _, bucket, element in moves:
         moving = [source for source in states if source[0] != NORMALISED]
         carried = [(PARAMETER, buffers)] if (buffers := plan.buffers(bucket)) else []
-        bucket.move_(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
+        place.move_(bucket, element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
         normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
         if normalised:
-            bucket.move_(element.signs(), normalised)
+            place.move_(bucket, element.signs(), normalised)
         if element.form in ("diagonal", "permutation") or second_moments == "keep":
             continue
         if second_moments == "project" and isinstance(element, Element):
-            bucket.move_(element.squared(), [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE])
+            place.move_(bucket, element.squared(), [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE])
         else:
             forget_(optimizer, [parameters[name] for name in bucket.parameters()])
             states = state_sources(optimizer, parameters)

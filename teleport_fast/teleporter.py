@@ -7,28 +7,38 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
+from teleport_fast.called import (
+    found_inf,
+    full_precision,
+    has_no_rate,
+    is_nested,
+    run_closure_once,
+    unless,
+    unless_remembered,
+)
 from teleport_fast.flag import Flag
-from teleport_fast.gradients import Gradients, clip_, total_norm
+from teleport_fast.gradients import Gradients
+from teleport_fast.history import History
 from teleport_fast.moving import move_all_
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
 from teleport_fast.record import Pending, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
+from teleport_fast.skipped import PutAside, is_skipping
 from teleport_fast.state import state_sources
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
 
-# optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
-_skipping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Teleporter:
@@ -47,26 +57,28 @@ class Teleporter:
         counter: str,
         seed: int,
         max_norm: float | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         # the optimizer's hooks hold the teleporter: a strong reference back would keep the model until the next gc
         self._optimizer = weakref.ref(optimizer)
         self.symmetries, self.objective, self.schedule = symmetries, objective, schedule
         self.radius, self.frame, self.descend, self.second_moments = radius, frame, descend, second_moments
         self.max_norm = max_norm
-        self.plan = Plan(symmetries, optimizer, objective)
+        self.with_condition = False
+        self.plan = Plan(symmetries, optimizer, objective, group)
         self.before_move: list[Callable[[Teleporter], object]] = []
         self.after_move: list[Callable[[TeleportRecord], object]] = []
         self._counter, self._seed = counter, seed
-        self._history: list[Pending] = []
+        self._history: list[Pending | TeleportRecord] = []
         self._held: dict[int, Element] = {}
         self._away: list[tuple[int, Bucket, Element | Split]] = []
-        self._put_aside: list[tuple[Tensor, Tensor]] = []
+        self._put_aside = PutAside()
         self._counts_this_step = False
         self._depth = 0
         self._warned: set[str] = set()
         self._watches = type(objective).observe is not Objective.observe
         self._looked = False
-        self._tracked = Tracked(self.plan.buckets)
+        self._tracked = Tracked(self.plan)
         self._verdict: Flag | None = None
         self.step_count = self.step_count
         # compiled steps call them as they are: traced, a schedule's decision and the counter would be guards
@@ -102,12 +114,15 @@ class Teleporter:
             group[self._counter] = value
 
     @property
-    def history(self) -> list[TeleportRecord]:
-        """One record per teleport, oldest first."""
-        return [pending.read() for pending in self._history if not pending.void()]
+    def history(self) -> History:
+        """One record per teleport, oldest first; each is read off the device once, when somebody asks."""
+        entries = (entry for entry in self._history if isinstance(entry, TeleportRecord) or not entry.void())
+        self._history = [entry if isinstance(entry, TeleportRecord) else entry.read() for entry in entries]
+        return History(entry for entry in self._history if isinstance(entry, TeleportRecord))
 
     def _last_record(self) -> TeleportRecord | None:
-        return next((pending.read() for pending in reversed(self._history) if not pending.void()), None)
+        history = self.history
+        return history[-1] if history else None
 
     def track(self, copy: nn.Module | Mapping[str, Tensor]) -> RemovableHandle:
         """Move this copy of the weights (EMA, SWA, a reference model) too, whenever the weights move and stay.
@@ -130,6 +145,11 @@ class Teleporter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a run that goes on without `state_dict()` is another one: a basis, its covariances, a schedule's memory."""
+        return self._watches or self.objective.holds or bool(self.schedule.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The objective's tensors, the basis that the return frame holds, and the schedule's memory where it has one.
@@ -157,7 +177,7 @@ class Teleporter:
         self._counts_this_step = False
         first = self.plan.first_gradient(optimizer)
         if first is None:
-            if optimizer not in _skipping:
+            if not is_skipping(optimizer):
                 self._warn("no parameter of the joints has a gradient, nothing is teleported; call backward() first")
             return changed
         if first.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -165,14 +185,14 @@ class Teleporter:
                 "a captured step would replay without its schedule; capture forward and backward, and call "
                 "optimizer.step() outside of the graph"
             )
-        if has_no_rate(optimizer) and not any(bool(g.any()) for g in self.plan.gradients(optimizer).values()):
+        if has_no_rate(optimizer) and not self.plan.any_gradient(optimizer):
             return changed  # a checkpoint that initialises the optimizer's state steps like this: leave no trace
         self._counts_this_step = True
         if not self._looked:
             self._looked = bool(self.plan.gradients(optimizer))  # names a sparse one before the first teleport
         step = Gradients(self.plan, optimizer)
         with torch.no_grad():
-            fires = self.schedule.fires(StepInfo(self.step_count, optimizer, step.norm, self._last_record))
+            fires = self.plan.place.fires(self.schedule, StepInfo(self.step_count, optimizer, step.norm, self._last_record))
         holding = bool(self._held) and self.frame == "return" and self.objective.holds
         if fires or holding or self._watches:
             self._move(optimizer, step, fires, holding)
@@ -180,13 +200,14 @@ class Teleporter:
 
     @torch.no_grad()
     def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
-        everything, norm = step.everything, step.norm
+        everything, norm, place = step.everything, step.norm, self.plan.place
         parameters = self.plan.parameters(optimizer)
         gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
         if len(serving) < len(self.plan.buckets):
             self._warn(self.plan.missing(parameters, gradients))
         verdict = found_inf(optimizer)
+        verdict = None if verdict is None else place.verdict(verdict)
         # before anything turns: a turn would spread a non-finite entry over its column
         if fires and verdict is None and not math.isfinite(norm()) and self._skip_step(everything()):
             return
@@ -197,32 +218,17 @@ class Teleporter:
                     held = [(i, bucket, unless(verdict > 0, element)) for i, bucket, element in held]
                 self._go(parameters, gradients, held, "keep")
             if verdict is None:
-                self._observe(serving, gradients)
+                place.observe(self.objective, serving, gradients)
                 if fires and norm() > 0:
                     self._teleport(parameters, gradients, everything(), serving, None)
                 return
             void = verdict > 0
-            self._unless(void, lambda: self._observe(serving, gradients))
+            unless_remembered(self.objective, void, lambda: place.observe(self.objective, serving, gradients))
             if fires:
-                void = void | (total_norm(everything()) == 0).to(void.device, non_blocking=True)
-                self._unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
-
-    def _observe(self, serving: list[tuple[int, Bucket]], gradients: dict[str, Tensor]) -> None:
-        for index, bucket in serving:
-            self.objective.observe(index, bucket, gradients)
-
-    def _unless(self, void: Tensor, work: Callable[[], None]) -> None:
-        """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
-        before = self.objective.state_dict()
-        work()
-        after = self.objective.state_dict()
-        if after:
-            self.objective.load_state_dict(
-                {
-                    key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
-                    for key, new in after.items()
-                }
-            )
+                void = void | (place.norm(everything()) == 0).to(void.device, non_blocking=True)
+                unless_remembered(
+                    self.objective, void, lambda: self._teleport(parameters, gradients, everything(), serving, void)
+                )
 
     def _teleport(
         self,
@@ -242,9 +248,12 @@ class Teleporter:
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.step_count) % 2**63)
         move = Move(parameters, gradients, self.radius, self.descend, generator)
         measured = Move(parameters, everything, self.radius, self.descend, generator)
-        before, radius, moved = self.objective.value(measured), None, 0
-        for index, bucket in serving:
-            found = self.objective.element(index, bucket, move)
+        place = self.plan.place
+        before, moved = place.value(self.objective, measured), 0
+        radius: Tensor | None = None
+        asked = self.with_condition or bool(self.after_move)
+        condition = torch.ones(()) if asked else None
+        for index, bucket, found in place.elements(self.objective, serving, move):
             if found is None:
                 continue
             element, used = found
@@ -255,20 +264,24 @@ class Teleporter:
                 continue
             self._go(parameters, gradients, [(index, bucket, element)], self.second_moments)
             self._hold(index, element)
-            used = used.detach().float()
-            radius = used if radius is None else torch.maximum(radius, used.to(radius.device, non_blocking=True))
+            radius = _larger(radius, used)
+            if asked and self.objective.stretches and bucket.group.holds_stretches:
+                condition = _larger(condition, element.condition())
             moved += len(bucket.joints)
-        after = self.objective.value(measured)
+        after = place.value(self.objective, measured)
         self._clip(everything)
         radius, seconds = torch.zeros(()) if radius is None else radius, time.perf_counter() - start
-        self._history.append(Pending(self.step_count, before, after, radius, seconds, moved, void))
-        if self.after_move and not self._history[-1].void():
-            record = self._history[-1].read()
+        pending = Pending(self.step_count, before, after, radius, seconds, moved, void, condition)
+        if not self.after_move:
+            self._history.append(pending)
+        elif not pending.void():
+            record = pending.read()
+            self._history.append(record)
             for report in self.after_move:
                 report(record)
 
     def _clip(self, everything: dict[str, Tensor]) -> None:
-        clip_(everything.values(), everything, self.max_norm)
+        self.plan.place.clip_(everything.values(), everything, self.max_norm)
 
     def _hold(self, index: int, element: Element | Split) -> None:
         if self.frame == "return" and self.objective.holds:
@@ -295,13 +308,13 @@ class Teleporter:
         if self._depth:
             return
         if self._put_aside:
-            self._give_gradients_back(optimizer)
+            self._put_aside.give_back(optimizer)
         elif self._counts_this_step:
             self.step_count += 1
             if self._away:
                 self._come_back(optimizer)
             found = found_inf(optimizer)
-            self._verdict = None if found is None else Flag(found)
+            self._verdict = None if found is None else Flag(self.plan.place.verdict(found))
 
     def _settle(self) -> None:
         """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
@@ -322,32 +335,27 @@ class Teleporter:
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
-        bad = next((name for name, gradient in everything.items() if not bool(torch.isfinite(gradient).all())), None)
+        bad = self.plan.place.first_not_finite(everything)
         if bad is None:
             return False  # finite entries whose norm overflows
         self._warn(f"gradient of {bad!r} is not finite: no teleport, and this optimizer step is skipped")
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._put_aside = [(p, p.grad) for p in parameters if p.grad is not None]
-        for parameter, _ in self._put_aside:
-            parameter.grad = None
-        _skipping.add(self.optimizer)
+        self._put_aside.take(self.optimizer)
         return True
-
-    def _give_gradients_back(self, optimizer: Optimizer) -> None:
-        for parameter, gradient in self._put_aside:
-            parameter.grad = gradient
-        self._put_aside = []
-        _skipping.discard(optimizer)
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
         if self._away:
             self._come_back(optimizer)
         if self._put_aside:
-            self._put_aside = []
-            _skipping.discard(optimizer)
+            self._put_aside.forget(optimizer)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
+
+
+def _larger(one: Tensor | None, other: Tensor) -> Tensor:
+    """The larger of two 0-d tensors in float32, where the first one lies."""
+    other = other.detach().float()
+    return other if one is None else torch.maximum(one, other.to(one.device, non_blocking=True))

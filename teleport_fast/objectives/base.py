@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from teleport_fast.objectives.sums import SUMS
 from teleport_fast.schedule import Every, Schedule
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
@@ -32,7 +33,8 @@ class Objective(ABC):
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
-    or "parameters".
+    or "parameters"; `stretches` is False where every element is a rotation; `adds` says that `value` is a sum over their entries. An objective that overrides `reads` and `decide`
+    works where tensors lie on many ranks too; one that overrides `element` sees whole tensors, and is refused there.
     """
 
     name = "objective"
@@ -41,6 +43,8 @@ class Objective(ABC):
     closed_form: tuple[str, ...] = ()
     frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
+    stretches = True
+    adds = True
 
     def default_radius(self, direction: str) -> float:
         """Searches without an optimum are bounded by 0.5: a condition number of g of at most e."""
@@ -57,17 +61,48 @@ class Objective(ABC):
     def unusable(self, joint: Joint) -> str | None:
         """Why this joint cannot serve, or None."""
 
+    def needs_whole(self, joint: Joint) -> str | None:
+        """Why this joint cannot serve where its tensors lie on many ranks, or None."""
+        if type(self).decide is Objective.decide:
+            return f"{type(self).__name__} decides from whole tensors; override reads and decide instead of element"
+        return None
+
     def observe(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
         """Called at every optimizer step with the gradients of bucket number `index`."""
         return None
 
-    @abstractmethod
+    def reads(self, bucket: Bucket, descend: bool) -> tuple[tuple[str, str], ...]:
+        """What `decide` needs of this bucket: (a name in SUMS, "gradients" or "parameters") each."""
+        return ()
+
+    def decide(
+        self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move
+    ) -> tuple[Element | Split, Tensor] | None:
+        """The element for bucket `index`, from the sums that it reads, and the largest factor length it uses (0-d).
+
+        None: this bucket stays. Of `move`'s tensors only names, dtypes and devices may be looked at: the sums stand for them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override decide (and reads), or element")
+
     def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element | Split, Tensor] | None:
-        """The element for bucket `index` and the largest factor length it uses (0-d); None: this bucket stays."""
+        """`decide` on the sums of whole tensors."""
+        sums: list[Tensor] = []
+        for name, source in self.reads(bucket, move.descend):
+            tensors = move.gradients if source == "gradients" else move.parameters
+            sums += SUMS[name][2](bucket.plus(tensors), bucket.minus(tensors), len(bucket.joints))
+        return self.decide(index, bucket, sums, move)
 
     @abstractmethod
     def value(self, move: Move) -> Tensor:
         """What is being raised or lowered, a 0-d tensor, for the record."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a step that turns out void must leave as it was; copies, where their originals are written into."""
+        return self.state_dict()
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        """Take back what `memory` gave, without reading anything back to the host where that matters."""
+        self.load_state_dict(memory)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
 from teleport_fast.ops.covariance import NORMALISE, covariance_
-from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.groups import DenseGroup
 from teleport_fast.symmetry.joint import Joint
 
@@ -36,6 +36,8 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    stretches = False
+    adds = False
 
     def __init__(
         self,
@@ -72,8 +74,7 @@ class Eigenbasis(Objective):
             self._take_up(index, bucket, gradients)
 
     def _take_up(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
-        part = self._next_part.get(index, 0)
-        self._next_part[index] = (part + 1) % self.parts
+        part = self.next_part(index)
         counted = [
             [_part(view.of(gradients[view.parameter]), part, self.parts) for view in joint.views() if view.counts]
             for joint in bucket.joints
@@ -92,9 +93,23 @@ class Eigenbasis(Objective):
         for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
             covariance_(rows, tensors, self.decay, 1, self.normalise)
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def next_part(self, index: int) -> int:
+        """Which part of its columns bucket `index` gives now; the next time it is the next one."""
+        part = self._next_part.get(index, 0)
+        self._next_part[index] = (part + 1) % self.parts
+        return part
+
+    def take_in(self, index: int, mean: Tensor) -> None:
+        """C ← β C + (1 − β) `mean` of bucket `index`, (joints·heads, h, h): Σ G Gᵀ/‖G‖² that was summed elsewhere."""
+        covariance = self.covariances.setdefault(index, torch.zeros_like(mean))
+        covariance.mul_(self.decay).add_(mean, alpha=1 - self.decay)
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element | Split, Tensor] | None:
         if self.takes == "turns":
             self._take_up(index, bucket, move.gradients)
+        return self.decide(index, bucket, (), move)
+
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         covariance = self.covariances.get(index)
         if covariance is None:
             return None
@@ -116,8 +131,15 @@ class Eigenbasis(Objective):
         assert isinstance(whole, Tensor) and isinstance(inside, Tensor)
         return torch.where(whole > 0, inside / whole, 0.0)
 
+    def memory(self) -> dict[str, Tensor]:
+        """The covariances. Which part of the columns comes next is the host's to count: a void step's part is passed over."""
+        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        self.covariances = {int(index): covariance for index, covariance in memory.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        kept = self.memory()
         if self.parts > 1:
             kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
         return kept
@@ -134,11 +156,12 @@ class RandomRotation(Objective):
     name = "random"
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         like = move.parameters[bucket.joints[0].parameters()[0]]
         shape = (len(bucket.joints) * bucket.heads, bucket.width, bucket.width)
         noise = torch.randn(shape, generator=move.generator, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -151,22 +174,30 @@ class RandomRotation(Objective):
         return torch.stack([norm.double() for norm in norms]).sum()
 
 
-def _part(view: Tensor, part: int, parts: int) -> Tensor:
-    """One of so many parts of a view's columns (heads, h, outer, inner), of fewer where they would be too narrow.
+def part_of_columns(view: Tensor, part: int, parts: int) -> tuple[int, slice] | None:
+    """The axis and entries of one of so many parts of a view's columns (heads, h, outer, inner); None: all of them.
 
-    Columns that lie apart are dealt out in turn: neighbours in a vocabulary are alike, and a part of rare ones would count as
-    much as one of common ones. Columns that lie side by side in memory are cut into runs.
+    Fewer parts where they would be too narrow. Columns that lie apart are dealt out in turn: neighbours in a vocabulary are
+    alike, and a part of rare ones would count as much as one of common ones. Columns that lie side by side in memory are cut
+    into runs.
     """
     axis = 3 if view.shape[3] >= view.shape[2] else 2
     columns = view.shape[axis]
     parts = min(parts, columns // LEAST_PART)
     if parts < 2:
-        return view
+        return None
     part %= parts
     if view.stride(axis) != 1:
-        return view[:, :, :, part::parts] if axis == 3 else view[:, :, part::parts]
-    start, end = columns * part // parts, columns * (part + 1) // parts
-    return view.narrow(axis, start, end - start)
+        return axis, slice(part, columns, parts)
+    return axis, slice(columns * part // parts, columns * (part + 1) // parts, 1)
+
+
+def _part(view: Tensor, part: int, parts: int) -> Tensor:
+    found = part_of_columns(view, part, parts)
+    if found is None:
+        return view
+    axis, entries = found
+    return view[:, :, :, entries] if axis == 3 else view[:, :, entries]
 
 
 def _shifted(covariance: Tensor) -> Tensor:
