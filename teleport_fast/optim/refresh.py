@@ -181,8 +181,8 @@ class Refresh:
                 due[owner] = Due(sides, dtype, int(age) - 1)
         for bucket in buckets_of(due):
             grams = normalised_grams(bucket, held, self.covariance_parts, self.normalise)
-            for (g, i, axis), gram in grams.items():
-                covariance = state[groups[g]["params"][i]][f"{AXES[axis]}_covariance"]
+            for (g, i, side), gram in grams.items():
+                covariance = state[groups[g]["params"][i]][f"{AXES[side]}_covariance"]
                 wide = covariance.to(gram.dtype).mul_(self.decay).add_(gram, alpha=1 - self.decay)
                 if wide is not covariance:
                     covariance.copy_(wide)
