@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch.optim import Optimizer
 
 from teleport_fast.bases import check_base
+from teleport_fast.distributed.layout import as_dtensor
 from teleport_fast.objectives import Objective, make_objective
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -139,6 +143,13 @@ def attach_as(
         raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}; 1.0 is usual")
     if group is not None and not hasattr(group, "size"):
         raise TypeError(f"group must be a ProcessGroup or None, got {group!r}; torch.distributed.group.WORLD has all ranks")
+    if group is None and not schedule.agrees and _lies_on_replicas(optimizer):
+        warnings.warn(
+            f"teleport_fast: {schedule!r} may say another thing on every rank; where ranks hold the same weights (DDP) pass "
+            f"group=torch.distributed.group.WORLD, so that the first one's word holds (sharded weights need no group)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     live = _attached.setdefault(optimizer, weakref.WeakSet())
     taken = {teleporter._counter for teleporter in live if teleporter._handles}
     counter = next(key for i in range(len(taken) + 1) if (key := f"teleport_step{i or ''}") not in taken)
@@ -160,6 +171,20 @@ def attach_as(
         teleporter.after_move.append(on_teleport)
     live.add(teleporter)
     return teleporter
+
+
+def _lies_on_replicas(optimizer: Optimizer) -> bool:
+    """Whether other ranks run, and every parameter is plain: they may hold the same ones."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return False
+    return all(as_dtensor(parameter) is None for group in optimizer.param_groups for parameter in group["params"])
+
+
+def attached_to(optimizer: Optimizer) -> list[Teleporter]:
+    """The teleporters that are attached to this very optimizer and not detached, first to last."""
+    live = [teleporter for teleporter in _attached.get(optimizer, ()) if teleporter._handles]
+    return sorted(live, key=lambda teleporter: int(teleporter._counter.removeprefix("teleport_step") or 0))
 
 
 class Teleport(Optimizer):

@@ -36,6 +36,7 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    stretches = False
     adds = False
 
     def __init__(
@@ -130,8 +131,15 @@ class Eigenbasis(Objective):
         assert isinstance(whole, Tensor) and isinstance(inside, Tensor)
         return torch.where(whole > 0, inside / whole, 0.0)
 
+    def memory(self) -> dict[str, Tensor]:
+        """The covariances. Which part of the columns comes next is the host's to count: a void step's part is passed over."""
+        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        self.covariances = {int(index): covariance for index, covariance in memory.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        kept = self.memory()
         if self.parts > 1:
             kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
         return kept
@@ -148,6 +156,7 @@ class RandomRotation(Objective):
     name = "random"
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
@@ -202,4 +211,5 @@ def _shifted(covariance: Tensor) -> Tensor:
 def _rotation_size(q: Tensor) -> Tensor:
     """‖Q − I‖_F of the largest turn: the length of log Q to first order, without a logarithm."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return torch.linalg.matrix_norm(q - eye).amax()
+    sizes: Tensor = torch.linalg.matrix_norm(q - eye)
+    return sizes.amax()

@@ -13,7 +13,7 @@ from markupsafe import Markup
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 INK, GRID = "#3d4451", "#e3e6eb"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "teleport_fast",
     # names of arms and joints are text, whatever dollars they hold
@@ -71,5 +71,5 @@ def inline(drawn: Any, name: str, label: str) -> Markup:
         root.attrib.pop(key, None)
     root.set("role", "img")
     root.set("aria-label", label)
-    root.set("id", name)
+    root.set("id", f"{name}-plot")
     return Markup(ET.tostring(root, encoding="unicode"))  # nosec B704: text in it is escaped by the serializer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import stand
 import torch
 import torch.distributed as dist
@@ -20,7 +22,10 @@ def replicas_of_a_group_go_by_the_first_ranks_word() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         rank = dist.get_rank()
         schedule = tf.When(lambda info, rank=rank: info.step == 1 + rank)
-        teleporter = tf.attach(optimizer, stand.symmetries_of("gpt", model.module), schedule=schedule, group=group)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            teleporter = tf.attach(optimizer, stand.symmetries_of("gpt", model.module), schedule=schedule, group=group)
+        assert any("group=" in str(warning.message) for warning in caught) is (group is None)
         stand.trained(model, optimizer, "gpt", steps=3, share=True)
         # without a group each rank goes by its own word, and the replicas part
         assert [record.step for record in teleporter.history] == ([1] if group is not None else [1 + rank])
