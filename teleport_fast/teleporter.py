@@ -7,14 +7,22 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless, unless_remembered
+from teleport_fast.called import (
+    found_inf,
+    full_precision,
+    has_no_rate,
+    is_nested,
+    run_closure_once,
+    unless,
+    unless_remembered,
+)
 from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients
 from teleport_fast.history import History
@@ -28,6 +36,9 @@ from teleport_fast.state import state_sources
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Teleporter:
@@ -46,6 +57,7 @@ class Teleporter:
         counter: str,
         seed: int,
         max_norm: float | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         # the optimizer's hooks hold the teleporter: a strong reference back would keep the model until the next gc
         self._optimizer = weakref.ref(optimizer)
@@ -53,7 +65,7 @@ class Teleporter:
         self.radius, self.frame, self.descend, self.second_moments = radius, frame, descend, second_moments
         self.max_norm = max_norm
         self.with_condition = False
-        self.plan = Plan(symmetries, optimizer, objective)
+        self.plan = Plan(symmetries, optimizer, objective, group)
         self.before_move: list[Callable[[Teleporter], object]] = []
         self.after_move: list[Callable[[TeleportRecord], object]] = []
         self._counter, self._seed = counter, seed
