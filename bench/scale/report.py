@@ -19,17 +19,22 @@ def methods(shape: Shape, every: Sequence[int]) -> list[tuple[str, Method]]:
     """The rows: what is said of each, and the method."""
     wide = max(4096, shape.width)
     inner = max(wide, *(side.width for matrix in shape.turned() for side in matrix.sides if side.kind == "hidden"))
-    rows = [(f"`grad_norm`, k = {k}", Method(GRAD_NORM, every=k)) for k in every[1:]]
-    rows += [(f"exact rotations, k = {k}", Method(ROTATIONS, every=k)) for k in every]
-    rows += [(f"exact rotations, k = {every[-1]}, `parts=16`", Method(ROTATIONS, every=every[-1], parts=16))]
+    rows = [(f"`grad_norm`, k = {every[-1]}", Method(GRAD_NORM, every=every[-1]))]
+    rows += [(f"exact rotations, k = {k}", Method(ROTATIONS, every=k, parts=4)) for k in every]
+    rows += [(f"the same, k = {every[-1]}, `parts=16`", Method(ROTATIONS, every=every[-1], parts=16))]
     base = Method("Rotated", every=3, parts=3, max_side=wide)
     reach = "" if wide == 4096 else f", max_side={wide}"
     if reach:
         rows.append(("`Rotated()`: no stream basis, `max_side` is 4096", replace(base, max_side=4096)))
     rows.append((f"`Rotated(hidden=False{reach})`", replace(base, hidden=False)))
     rows.append((f"`Rotated({reach[2:]})`, hidden in blocks of 64", base))
-    rows.append((f'`Rotated(stream="layer"{reach})`', replace(base, stream="layer")))
+    layer = replace(base, stream="layer")
+    rows.append((f'`Rotated(stream="layer"{reach})`', layer))
     rows.append((f"`Rotated(hidden=True, max_side={inner})`", replace(base, hidden=True, max_side=inner)))
+    rows.append(("*dealt*, `hidden=False`", replace(base, hidden=False, layout="dealt")))
+    rows.append(("*dealt*, hidden in blocks of 64", replace(base, layout="dealt")))
+    rows.append(("*dealt*, `hidden=True`", replace(base, hidden=True, max_side=inner, layout="dealt")))
+    rows.append(('*dealt*, `stream="layer"`', replace(layer, layout="dealt")))
     return rows
 
 
