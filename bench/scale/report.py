@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,18 @@ from bench.scale.simulate import GPUS, Setting, least_every, least_tokens, simul
 BEGIN, END = "<!-- written: python -m bench.scale --write -->", "<!-- /written -->"
 EVERY = (3, 10, 100)
 LETTERS = {"products": "p", "factorisations": "f", "memory": "m", "network": "n"}
+
+
+def short(value: float) -> str:
+    """Two digits, without an exponent.
+
+    >>> short(0.00123), short(2.345), short(12345.0), short(0.0)
+    ('0.0012', '2.3', '12,000', '0')
+    """
+    if value == 0:
+        return "0"
+    places = 1 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{max(places, 0)}f}"
 
 
 def methods(shape: Shape, every: Sequence[int]) -> list[tuple[str, Method]]:
@@ -49,20 +62,20 @@ def tables(shape: Shape, setting: Setting, gpus: Sequence[int] = GPUS, every: Se
         f"({shape.flops_per_token * tokens / 1e18:.3g} EFLOP). {shape.source}.",
         "",
         "| | PFLOP a step | PFLOP a refresh | state, GB | "
-        f"{gpu_columns} | least k | tokens |",
+        f"{gpu_columns} | least k, {at:,} | tokens, {at:,} |",
         "| --- |" + " --- |" * (len(gpus) + 5),
     ]
     for name, method in methods(shape, every):
         step, refresh = every_step(shape, method), at_refresh(shape, method)
         work = [w.flops / 1e15 for w in (step, refresh)]
         shares = [simulate(shape, method, n, setting) for n in gpus]
-        cells = [f"{100 * s.share:.2g} % {LETTERS[s.dominant]}" + ("" if s.held <= setting.machine.holds else " †") for s in shares]
+        cells = [f"{short(100 * s.share)} % {LETTERS[s.dominant]}" + ("" if s.held <= setting.machine.holds else " †") for s in shares]
         least = least_every(shape, method, at, setting)
         needed = least_tokens(shape, method, at, setting)
         lines.append(
-            f"| {name} | {work[0]:.3g} | {work[1]:.3g} | {state(shape, method) / 1e9:.3g} | "
+            f"| {name} | {short(work[0])} | {short(work[1])} | {short(state(shape, method) / 1e9)} | "
             + " | ".join(cells)
-            + f" | {'none' if least is None else least} | {needed / 2**20:.2g}M |"
+            + f" | {'none' if least is None else least} | {short(needed / 2**20)}M |"
         )
     return "\n".join(lines)
 
