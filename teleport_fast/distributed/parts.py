@@ -86,8 +86,8 @@ def local_of(bucket: Bucket, layouts: Mapping[str, Layout], keep: Keep) -> Local
     whole_units = bucket.group.form != "diagonal"
     for index, joint in enumerate(bucket.joints):
         by_name: dict[str, Sides] = {}
-        for side, of_side in enumerate((joint.plus, joint.minus, joint.carried)):
-            for view in of_side:
+        for side, shown in enumerate((joint.plus, joint.minus, joint.carried)):
+            for view in shown:
                 by_name.setdefault(view.parameter, ([], [], []))[side].append(view)
         for name, sides in by_name.items():
             layout = layouts.get(name)
