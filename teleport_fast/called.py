@@ -82,11 +82,11 @@ def unless(void: Tensor, element: E) -> E:
 
 def unless_remembered(objective: Objective, void: Tensor, work: Callable[[], None]) -> None:
     """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
-    before = objective.state_dict()
+    before = objective.memory()
     work()
-    after = objective.state_dict()
+    after = objective.memory()
     if after:
-        objective.load_state_dict(
+        objective.restore(
             {
                 key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
                 for key, new in after.items()

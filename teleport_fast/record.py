@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,7 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TeleportRecord:
-    """What one teleport did; `radius_used` is the longest factor of log g (rotations: ‖Q − I‖_F)."""
+    """What one teleport did; `radius_used` is the longest factor of log g (rotations: ‖Q − I‖_F).
+
+    `condition` is the largest condition number of a g, 1 for rotations, where somebody asks for it: `attach(on_teleport=...)`,
+    or `teleporter.with_condition = True`; nan elsewhere.
+    """
 
     step: int
     objective_before: float
@@ -17,6 +22,7 @@ class TeleportRecord:
     radius_used: float
     seconds: float
     joints: int
+    condition: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Pending:
     seconds: float
     joints: int
     skipped: Tensor | None = None
+    condition: Tensor | None = None
 
     def void(self) -> bool:
         """Whether the step was skipped on the device, and the move with it."""
@@ -37,4 +44,5 @@ class Pending:
 
     def read(self) -> TeleportRecord:
         before, after, radius = float(self.before), float(self.after), float(self.radius)
-        return TeleportRecord(self.step, before, after, radius, self.seconds, self.joints)
+        condition = math.nan if self.condition is None else float(self.condition)
+        return TeleportRecord(self.step, before, after, radius, self.seconds, self.joints, condition)

@@ -7,16 +7,25 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless, unless_remembered
+from teleport_fast.called import (
+    found_inf,
+    full_precision,
+    has_no_rate,
+    is_nested,
+    run_closure_once,
+    unless,
+    unless_remembered,
+)
 from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients
+from teleport_fast.history import History
 from teleport_fast.moving import move_all_
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
@@ -27,6 +36,9 @@ from teleport_fast.state import state_sources
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Teleporter:
@@ -45,17 +57,19 @@ class Teleporter:
         counter: str,
         seed: int,
         max_norm: float | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         # the optimizer's hooks hold the teleporter: a strong reference back would keep the model until the next gc
         self._optimizer = weakref.ref(optimizer)
         self.symmetries, self.objective, self.schedule = symmetries, objective, schedule
         self.radius, self.frame, self.descend, self.second_moments = radius, frame, descend, second_moments
         self.max_norm = max_norm
-        self.plan = Plan(symmetries, optimizer, objective)
+        self.with_condition = False
+        self.plan = Plan(symmetries, optimizer, objective, group)
         self.before_move: list[Callable[[Teleporter], object]] = []
         self.after_move: list[Callable[[TeleportRecord], object]] = []
         self._counter, self._seed = counter, seed
-        self._history: list[Pending] = []
+        self._history: list[Pending | TeleportRecord] = []
         self._held: dict[int, Element] = {}
         self._away: list[tuple[int, Bucket, Element | Split]] = []
         self._put_aside = PutAside()
@@ -100,12 +114,15 @@ class Teleporter:
             group[self._counter] = value
 
     @property
-    def history(self) -> list[TeleportRecord]:
-        """One record per teleport, oldest first."""
-        return [pending.read() for pending in self._history if not pending.void()]
+    def history(self) -> History:
+        """One record per teleport, oldest first; each is read off the device once, when somebody asks."""
+        entries = (entry for entry in self._history if isinstance(entry, TeleportRecord) or not entry.void())
+        self._history = [entry if isinstance(entry, TeleportRecord) else entry.read() for entry in entries]
+        return History(entry for entry in self._history if isinstance(entry, TeleportRecord))
 
     def _last_record(self) -> TeleportRecord | None:
-        return next((pending.read() for pending in reversed(self._history) if not pending.void()), None)
+        history = self.history
+        return history[-1] if history else None
 
     def track(self, copy: nn.Module | Mapping[str, Tensor]) -> RemovableHandle:
         """Move this copy of the weights (EMA, SWA, a reference model) too, whenever the weights move and stay.
@@ -128,6 +145,11 @@ class Teleporter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a run that goes on without `state_dict()` is another one: a basis, its covariances, a schedule's memory."""
+        return self._watches or self.objective.holds or bool(self.schedule.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The objective's tensors, the basis that the return frame holds, and the schedule's memory where it has one.
@@ -227,7 +249,10 @@ class Teleporter:
         move = Move(parameters, gradients, self.radius, self.descend, generator)
         measured = Move(parameters, everything, self.radius, self.descend, generator)
         place = self.plan.place
-        before, radius, moved = place.value(self.objective, measured), None, 0
+        before, moved = place.value(self.objective, measured), 0
+        radius: Tensor | None = None
+        asked = self.with_condition or bool(self.after_move)
+        condition = torch.ones(()) if asked else None
         for index, bucket, found in place.elements(self.objective, serving, move):
             if found is None:
                 continue
@@ -239,15 +264,19 @@ class Teleporter:
                 continue
             self._go(parameters, gradients, [(index, bucket, element)], self.second_moments)
             self._hold(index, element)
-            used = used.detach().float()
-            radius = used if radius is None else torch.maximum(radius, used.to(radius.device, non_blocking=True))
+            radius = _larger(radius, used)
+            if asked and self.objective.stretches and bucket.group.holds_stretches:
+                condition = _larger(condition, element.condition())
             moved += len(bucket.joints)
         after = place.value(self.objective, measured)
         self._clip(everything)
         radius, seconds = torch.zeros(()) if radius is None else radius, time.perf_counter() - start
-        self._history.append(Pending(self.step_count, before, after, radius, seconds, moved, void))
-        if self.after_move and not self._history[-1].void():
-            record = self._history[-1].read()
+        pending = Pending(self.step_count, before, after, radius, seconds, moved, void, condition)
+        if not self.after_move:
+            self._history.append(pending)
+        elif not pending.void():
+            record = pending.read()
+            self._history.append(record)
             for report in self.after_move:
                 report(record)
 
@@ -324,3 +353,9 @@ class Teleporter:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
+
+
+def _larger(one: Tensor | None, other: Tensor) -> Tensor:
+    """The larger of two 0-d tensors in float32, where the first one lies."""
+    other = other.detach().float()
+    return other if one is None else torch.maximum(one, other.to(one.device, non_blocking=True))

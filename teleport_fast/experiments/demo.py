@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -94,7 +95,7 @@ def run_sweep(request: Request, console: Console, json_on_stdout: bool) -> int:
     return INTERRUPTED if result["interrupted"] else 0
 
 
-def _print_rates(found: Sequence[tuple[str, dict]]) -> None:
+def _print_rates(found: Sequence[tuple[str, dict[str, Any]]]) -> None:
     for label, best in found:
         where = ", still at the edge of the grid" if best["at_edge"] else ""
         print(f"{label}: learning rate {best['rate']:g}, validation loss {_loss(best['loss'])}{where}")

@@ -33,8 +33,9 @@ class Objective(ABC):
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
-    or "parameters"; `adds` says that `value` is a sum over their entries. An objective that overrides `reads` and `decide`
-    works where tensors lie on many ranks too; one that overrides `element` sees whole tensors, and is refused there.
+    or "parameters"; `stretches` is False where every element is a rotation; `adds` says that `value` is a sum over
+    their entries. An objective that overrides `reads` and `decide` works where tensors lie on many ranks too; one that
+    overrides `element` sees whole tensors, and is refused there.
     """
 
     name = "objective"
@@ -43,6 +44,7 @@ class Objective(ABC):
     closed_form: tuple[str, ...] = ()
     frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
+    stretches = True
     adds = True
 
     def default_radius(self, direction: str) -> float:
@@ -94,6 +96,14 @@ class Objective(ABC):
     @abstractmethod
     def value(self, move: Move) -> Tensor:
         """What is being raised or lowered, a 0-d tensor, for the record."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What a step that turns out void must leave as it was; copies, where their originals are written into."""
+        return self.state_dict()
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        """Take back what `memory` gave, without reading anything back to the host where that matters."""
+        self.load_state_dict(memory)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

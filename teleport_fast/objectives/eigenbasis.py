@@ -36,6 +36,7 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    stretches = False
     adds = False
 
     def __init__(
@@ -73,8 +74,7 @@ class Eigenbasis(Objective):
             self._take_up(index, bucket, gradients)
 
     def _take_up(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
-        part = self._next_part.get(index, 0)
-        self._next_part[index] = (part + 1) % self.parts
+        part = self.next_part(index)
         counted = [
             [_part(view.of(gradients[view.parameter]), part, self.parts) for view in joint.views() if view.counts]
             for joint in bucket.joints
@@ -93,8 +93,11 @@ class Eigenbasis(Objective):
         for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
             covariance_(rows, tensors, self.decay, 1, self.normalise)
 
-    def needs_whole(self, joint: Joint) -> str | None:
-        return "the parts of its columns would be others on every rank; pass parts=1" if self.parts > 1 else None
+    def next_part(self, index: int) -> int:
+        """Which part of its columns bucket `index` gives now; the next time it is the next one."""
+        part = self._next_part.get(index, 0)
+        self._next_part[index] = (part + 1) % self.parts
+        return part
 
     def take_in(self, index: int, mean: Tensor) -> None:
         """C ← β C + (1 − β) `mean` of bucket `index`, (joints·heads, h, h): Σ G Gᵀ/‖G‖² that was summed elsewhere."""
@@ -128,8 +131,15 @@ class Eigenbasis(Objective):
         assert isinstance(whole, Tensor) and isinstance(inside, Tensor)
         return torch.where(whole > 0, inside / whole, 0.0)
 
+    def memory(self) -> dict[str, Tensor]:
+        """The covariances. Which part of the columns comes next is the host's to count: a void step's part is passed over."""
+        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        self.covariances = {int(index): covariance for index, covariance in memory.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+        kept = self.memory()
         if self.parts > 1:
             kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
         return kept
@@ -146,6 +156,7 @@ class RandomRotation(Objective):
     name = "random"
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
@@ -163,22 +174,30 @@ class RandomRotation(Objective):
         return torch.stack([norm.double() for norm in norms]).sum()
 
 
-def _part(view: Tensor, part: int, parts: int) -> Tensor:
-    """One of so many parts of a view's columns (heads, h, outer, inner), of fewer where they would be too narrow.
+def part_of_columns(view: Tensor, part: int, parts: int) -> tuple[int, slice] | None:
+    """The axis and entries of one of so many parts of a view's columns (heads, h, outer, inner); None: all of them.
 
-    Columns that lie apart are dealt out in turn: neighbours in a vocabulary are alike, and a part of rare ones would count as
-    much as one of common ones. Columns that lie side by side in memory are cut into runs.
+    Fewer parts where they would be too narrow. Columns that lie apart are dealt out in turn: neighbours in a vocabulary are
+    alike, and a part of rare ones would count as much as one of common ones. Columns that lie side by side in memory are cut
+    into runs.
     """
     axis = 3 if view.shape[3] >= view.shape[2] else 2
     columns = view.shape[axis]
     parts = min(parts, columns // LEAST_PART)
     if parts < 2:
-        return view
+        return None
     part %= parts
     if view.stride(axis) != 1:
-        return view[:, :, :, part::parts] if axis == 3 else view[:, :, part::parts]
-    start, end = columns * part // parts, columns * (part + 1) // parts
-    return view.narrow(axis, start, end - start)
+        return axis, slice(part, columns, parts)
+    return axis, slice(columns * part // parts, columns * (part + 1) // parts, 1)
+
+
+def _part(view: Tensor, part: int, parts: int) -> Tensor:
+    found = part_of_columns(view, part, parts)
+    if found is None:
+        return view
+    axis, entries = found
+    return view[:, :, :, entries] if axis == 3 else view[:, :, entries]
 
 
 def _shifted(covariance: Tensor) -> Tensor:
@@ -192,4 +211,5 @@ def _shifted(covariance: Tensor) -> Tensor:
 def _rotation_size(q: Tensor) -> Tensor:
     """‖Q − I‖_F of the largest turn: the length of log Q to first order, without a logarithm."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return torch.linalg.matrix_norm(q - eye).amax()
+    sizes: Tensor = torch.linalg.matrix_norm(q - eye)
+    return sizes.amax()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teleport_fast.ops import diagonal_action_, group_action_, permutation_action_
+from teleport_fast.symmetry.condition import condition_number, diagonal_condition_number
 from teleport_fast.symmetry.groups import Group
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.view import View
@@ -61,6 +62,12 @@ class Element:
         inverse = self.g_inverse_t
         return self if self.g.device == device else Element(self.form, self.g.to(device), None if inverse is None else inverse.to(device))
 
+    def condition(self) -> Tensor:
+        """The condition number of the worst head, 0-d where the element lies."""
+        if self.form == "diagonal":
+            return diagonal_condition_number(self.g)
+        return condition_number(self.g) if self.form == "dense" else torch.ones((), device=self.g.device)
+
     def squared(self) -> Element:
         """The element whose matrices have squared entries: it carries second moments of uncorrelated entries."""
         assert self.g_inverse_t is not None
@@ -87,6 +94,9 @@ class Split:
 
     def finite(self) -> Tensor:
         return self.plus.finite() & self.minus.finite()
+
+    def condition(self) -> Tensor:
+        return torch.maximum(self.plus.condition(), self.minus.condition())
 
     def to(self, device: torch.device) -> Split:
         return Split(self.plus.to(device), self.minus.to(device))
