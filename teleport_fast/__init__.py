@@ -10,9 +10,10 @@ from teleport_fast.discovery import FoldedGains, find_symmetries, fold_norm_gain
 from teleport_fast.history import History
 from teleport_fast.ops.backend import backends, set_backend
 from teleport_fast.optimizer import Teleport, attach
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import At, Every, Once, Schedule, StepInfo, When
 from teleport_fast.symmetry import Joint, Symmetries, VerifyReport, View
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
 
 if typing.TYPE_CHECKING:
     from teleport_fast import data_dependent, integrations, minima, optim, peers
@@ -65,15 +66,18 @@ _LAZY: dict[str, str | None] = {
 }
 
 
-def __getattr__(name: str) -> typing.Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = _LAZY[name]
-    value = importlib.import_module(f"{__name__}.{room or name}")
-    if room is not None:
-        value = getattr(value, name)
-    globals()[name] = value
-    return value
+# Hidden from type checkers, to which every name would exist otherwise.
+if not typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> typing.Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        room = _LAZY[name]
+        value = importlib.import_module(f"{__name__}.{room or name}")
+        if room is not None:
+            value = getattr(value, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from teleport_fast.bases import check_base
 from teleport_fast.distributed.layout import as_dtensor
 from teleport_fast.objectives import Objective, make_objective
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

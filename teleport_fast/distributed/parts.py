@@ -55,7 +55,7 @@ class Part:
         return every and self.heads == (0, whole.heads) and self.units == (0, whole.width)
 
     def _rows(self, g: Tensor, whole: Bucket) -> Tensor:
-        rows = g.unflatten(0, (len(whole.joints), whole.heads))[list(self.joints), self.heads[0] : self.heads[1]]
+        rows: Tensor = g.unflatten(0, (len(whole.joints), whole.heads))[list(self.joints), self.heads[0] : self.heads[1]]
         return rows[:, :, self.units[0] : self.units[1]].flatten(0, 1).contiguous()
 
 

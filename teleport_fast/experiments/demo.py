@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -92,7 +93,7 @@ def run_sweep(request: Request, console: Console, json_on_stdout: bool) -> int:
     return INTERRUPTED if result["interrupted"] else 0
 
 
-def _print_rates(found: Sequence[tuple[str, dict]]) -> None:
+def _print_rates(found: Sequence[tuple[str, dict[str, Any]]]) -> None:
     for label, best in found:
         where = ", still at the edge of the grid" if best["at_edge"] else ""
         print(f"{label}: learning rate {best['rate']:g}, validation loss {_loss(best['loss'])}{where}")

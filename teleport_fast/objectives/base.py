@@ -33,8 +33,9 @@ class Objective(ABC):
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
-    or "parameters"; `stretches` is False where every element is a rotation; `adds` says that `value` is a sum over their entries. An objective that overrides `reads` and `decide`
-    works where tensors lie on many ranks too; one that overrides `element` sees whole tensors, and is refused there.
+    or "parameters"; `stretches` is False where every element is a rotation; `adds` says that `value` is a sum over
+    their entries. An objective that overrides `reads` and `decide` works where tensors lie on many ranks too; one that
+    overrides `element` sees whole tensors, and is refused there.
     """
 
     name = "objective"

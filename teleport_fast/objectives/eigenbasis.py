@@ -211,4 +211,5 @@ def _shifted(covariance: Tensor) -> Tensor:
 def _rotation_size(q: Tensor) -> Tensor:
     """‖Q − I‖_F of the largest turn: the length of log Q to first order, without a logarithm."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return torch.linalg.matrix_norm(q - eye).amax()
+    sizes: Tensor = torch.linalg.matrix_norm(q - eye)
+    return sizes.amax()

@@ -15,11 +15,12 @@ from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
 from teleport_fast.optim.plain_adamw import begin, plain_adamw_
 from teleport_fast.optimizer import attach_as
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.symmetry.view import View
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
 
 Numbers = tuple[int, float, tuple[float, float], float, float]
 

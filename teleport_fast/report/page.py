@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from teleport_fast.experiments.picture import COLOURS
 from teleport_fast.report import plots
 from teleport_fast.report.read import Found, History, RunRead, mappings, number, numbers, text
 
@@ -250,7 +251,7 @@ def _swept(found: Found) -> list[Section]:
 def _histories(found: Found) -> list[Section]:
     section = Section("histories", "Histories")
     for index, history in enumerate(found.histories):
-        _add_teleports(section, history, (), f"history-{index}", plots.COLOURS[(index + 1) % len(plots.COLOURS)])
+        _add_teleports(section, history, (), f"history-{index}", COLOURS[(index + 1) % len(COLOURS)])
     return [section]
 
 

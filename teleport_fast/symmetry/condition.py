@@ -14,7 +14,7 @@ def condition_number(g: Tensor) -> Tensor:
     >>> condition_number(torch.diag(torch.tensor([4.0, 1.0, 0.5]))[None])
     tensor(8.)
     """
-    values = torch.linalg.svdvals(g.to(torch.promote_types(g.dtype, torch.float32)))
+    values: Tensor = torch.linalg.svdvals(g.to(torch.promote_types(g.dtype, torch.float32)))
     return (values[:, 0] / values[:, -1]).amax()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import on
-from rotated_cases import HEADS, gpt, mesh, parameters_of, replicated_state, same_on_all_ranks, train, whole
+from rotated_cases import HEADS, gpt, mesh, replicated_state, same_on_all_ranks, train, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

@@ -28,7 +28,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from teleport_fast.distributed import counted
-from teleport_fast.optim import Rotated, refresh, summed
+from teleport_fast.optim import Rotated, summed
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "every": 2, "weight_decay": 0.1, "hidden": 8, "sides": HEADS, "table_lr": 0.02}
 SHAPES = {"h.0.q.weight": (8, 8), "h.0.up.weight": (16, 8), "h.0.down.weight": (8, 16), "h.0.norm.weight": (8,)}

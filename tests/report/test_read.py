@@ -51,7 +51,7 @@ def test_a_run_of_another_shape_is_read_as_far_as_it_goes(runs: list[Any], tmp_p
 
 
 def test_no_run_is_an_error_that_names_the_folder_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"RUN_DIR must hold comparison.json.* no .json file in it.*; run train first"):
+    with pytest.raises(ValueError, match=r"RUN_DIR must hold comparison.json.*no .json file in it.; run train first"):
         read_folder(tmp_path)
     with pytest.raises(ValueError, match=r"RUN_DIR must be a folder.*nowhere.*; run train first"):
         read_folder(tmp_path / "nowhere")
