@@ -17,10 +17,11 @@ from bench.ratios import cases as cases_module
 from bench.ratios.__main__ import OPS, main
 from bench.ratios.cases import Case, cases
 from bench.ratios.compare import changes, verdict
-from bench.ratios.guard import RECORDED, other_machine, recorded, slower
+from bench.ratios.guard import RECORDED, other_machine, recorded, slower, speed
 from bench.ratios.measure import measure
 from teleport_fast import ops
-from teleport_fast.ops.backend import availability
+from teleport_fast.ops.backend import Op, availability
+from teleport_fast.ops.square_sums import _OP as square_sums_op
 
 needs_cpp = pytest.mark.skipif(availability("cpp") is not True, reason="the extension is not built")
 
@@ -125,6 +126,32 @@ def test_the_guard_catches_a_slow_kernel_and_lets_a_sound_one_pass(monkeypatch: 
     sound, slow = (replace(sleeping("op", 0.1, 0.2), op=name) for name in ("sound", "slow"))
     lines = slower([sound, slow], {sound.name: ("torch", 2.0), slow.name: ("torch", 2.0)})
     assert lines == ["slow float32 1: 0.90 of torch's speed, recorded 2.00, allowed 1.20"]
+
+
+@needs_cpp
+def test_the_guard_sees_a_kernel_that_computes_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in cases(quick=True, only=("square_sums",)))
+    now = speed(case, "torch", 5, 0.05)
+    assert slower([case], {case.name: ("torch", now)}) == []
+    right = Op._kernel
+
+    def thrice(self: Op, backend: str) -> Any:
+        kernel = right(self, backend)
+
+        def slow(*arguments: Any) -> Any:
+            kernel(*arguments)
+            kernel(*arguments)
+            return kernel(*arguments)
+
+        return slow if (self.name, backend) == (case.op, "cpp") else kernel
+
+    monkeypatch.setattr(Op, "_kernel", thrice)
+    square_sums_op._choose.cache_clear()
+    try:
+        lines = slower([case], {case.name: ("torch", now)})
+    finally:
+        square_sums_op._choose.cache_clear()
+    assert len(lines) == 1 and lines[0].startswith("square_sums float32")
 
 
 @needs_cpp
