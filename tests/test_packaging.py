@@ -41,7 +41,7 @@ PUBLIC_FILES = [
     "teleport_fast/py.typed",
     "teleport_fast/_C.pyi",
 ]
-TARGETS = ["setup", "demo", "test", "lint", "types", "docs", "docs-examples", "bench", "clean", "help"]
+TARGETS = ["setup", "demo", "test", "lint", "types", "docs", "docs-examples", "bench", "bench-each", "clean", "help"]
 
 
 def read(path: str) -> str:
