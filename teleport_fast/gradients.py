@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from teleport_fast.called import unscale_
 from teleport_fast.plan import Plan
+from teleport_fast.writes import Write
 
 # entries whose norm is taken at once on a CPU
 PIECE = 16384
@@ -39,13 +41,16 @@ class Gradients:
         return self._norm
 
 
-def clip_(gradients: Iterable[Tensor], measured: dict[str, Tensor], max_norm: float | None) -> None:
-    """Scale gradients so that the norm of `measured` comes to `max_norm`, as torch.nn.utils.clip_grad_norm_; no read-back."""
+def clipping(gradients: Iterable[Tensor], measured: dict[str, Tensor], max_norm: float | None) -> list[Write]:
+    """What scales gradients so that the norm of `measured` comes to `max_norm`, as torch.nn.utils.clip_grad_norm_; no read-back."""
     if max_norm is None:
-        return
+        return []
     factor = (max_norm / (total_norm(measured) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
+    return [partial(_scale_, gradient, factor) for gradient in gradients]
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
 
 
 def total_norm(tensors: dict[str, Tensor]) -> Tensor:

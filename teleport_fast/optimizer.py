@@ -12,6 +12,7 @@ from teleport_fast.bases import check_base
 from teleport_fast.objectives import Objective, make_objective
 from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
+from teleport_fast.soundness import check_bound
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.teleporter import Teleporter, TeleportRecord
@@ -33,6 +34,7 @@ def attach(
     on_teleport: Callable[[TeleportRecord], object] | None = None,
     seed: int = 0,
     max_norm: float | None = None,
+    max_condition: float | None = None,
 ) -> Teleporter:
     """Teleport the optimizer's parameters before the steps at which `schedule` fires; returns the Teleporter.
 
@@ -47,6 +49,10 @@ def attach(
     diagonals and permutations carry them exactly. on_teleport: called with each TeleportRecord. seed: for random moves.
     max_norm: after a teleport, which may raise it, the norm of all gradients is clipped to this; clip what comes from backward
     before the step, as ever.
+    max_condition: a dense g whose condition number is above this is not used, with a warning that names the joint, and descents
+    stop there. 1/√eps by default, 2896 in float32 and 6.7e7 in float64 (docs/training.md); rotations have 1, ascents by a radius
+    r at most exp(√2 r), frames of "scaled" the bound of its `ridge`.
+    A move is whole or was not begun, whatever raises in it; a signal's handler runs after it (docs/adr/0005).
     A step that would teleport on a non-finite gradient is skipped whole, with a warning that names the parameter.
     Errors: ValueError for an unknown objective, direction, frame or policy, a radius that is not positive, a joint
     whose parameter is not in the optimizer or does not fit; TypeError for what is no Optimizer, has no step hooks, evaluates its
@@ -72,6 +78,7 @@ def attach(
         on_teleport,
         seed,
         max_norm,
+        max_condition,
     )
 
 
@@ -88,6 +95,7 @@ def attach_as(
     on_teleport: Callable[[TeleportRecord], object] | None = None,
     seed: int = 0,
     max_norm: float | None = None,
+    max_condition: float | None = None,
 ) -> Engine:
     """`attach` with an engine of another class than Teleporter."""
     check_base(optimizer)
@@ -129,6 +137,7 @@ def attach_as(
         raise TypeError(f"seed must be an integer, got {seed!r}; 0 is the default")
     if max_norm is not None and (isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0):
         raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}; 1.0 is usual")
+    check_bound(max_condition)
     live = _attached.setdefault(optimizer, weakref.WeakSet())
     taken = {teleporter._counter for teleporter in live if teleporter._handles}
     counter = next(key for i in range(len(taken) + 1) if (key := f"teleport_step{i or ''}") not in taken)
@@ -144,6 +153,7 @@ def attach_as(
         counter,
         seed,
         max_norm,
+        max_condition,
     )
     if on_teleport is not None:
         teleporter.after_move.append(on_teleport)

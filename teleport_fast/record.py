@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
@@ -38,3 +39,34 @@ class Pending:
     def read(self) -> TeleportRecord:
         before, after, radius = float(self.before), float(self.after), float(self.radius)
         return TeleportRecord(self.step, before, after, radius, self.seconds, self.joints)
+
+
+class History:
+    """One record per teleport, oldest first. The latest still lie on the device; older ones are kept as 48 bytes each.
+
+    They are read back half of `LATEST` at a time, so that a run of a million teleports neither waits at each nor grows by their
+    tensors (about 2 kB a record).
+    """
+
+    LATEST = 512
+
+    def __init__(self) -> None:
+        self._packed = array("d")
+        self._latest: list[Pending] = []
+
+    def append(self, pending: Pending) -> None:
+        self._latest.append(pending)
+        if len(self._latest) >= self.LATEST:
+            oldest, self._latest = self._latest[: self.LATEST // 2], self._latest[self.LATEST // 2 :]
+            for record in (pending.read() for pending in oldest if not pending.void()):
+                self._packed.extend(astuple(record))
+
+    def read(self) -> list[TeleportRecord]:
+        rows = (self._packed[i : i + 6] for i in range(0, len(self._packed), 6))
+        older = [TeleportRecord(int(step), *numbers, int(joints)) for step, *numbers, joints in rows]
+        return older + [pending.read() for pending in self._latest if not pending.void()]
+
+    def last(self) -> TeleportRecord | None:
+        """The last record that was not void."""
+        found = next((pending.read() for pending in reversed(self._latest) if not pending.void()), None)
+        return found if found is not None or not self._packed else self.read()[-1]

@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from torch.utils.hooks import RemovableHandle
 
 from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
 from teleport_fast.flag import Flag
-from teleport_fast.gradients import Gradients, clip_, total_norm
-from teleport_fast.moving import move_all_
+from teleport_fast.gradients import Gradients, clipping, total_norm
+from teleport_fast.moving import writes_of
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
-from teleport_fast.record import Pending, TeleportRecord
+from teleport_fast.record import History, Pending, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
+from teleport_fast.soundness import refusal, remembered, restore, usual_bound
 from teleport_fast.state import state_sources
-from teleport_fast.symmetry.bucket import Bucket, Element, Split
+from teleport_fast.symmetry.bucket import Bucket, Element, Split, meet
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
+from teleport_fast.writes import Write, Writes, deliver, signals_held
 
 # optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
 _skipping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -47,20 +50,23 @@ class Teleporter:
         counter: str,
         seed: int,
         max_norm: float | None = None,
+        max_condition: float | None = None,
     ) -> None:
         # the optimizer's hooks hold the teleporter: a strong reference back would keep the model until the next gc
         self._optimizer = weakref.ref(optimizer)
         self.symmetries, self.objective, self.schedule = symmetries, objective, schedule
         self.radius, self.frame, self.descend, self.second_moments = radius, frame, descend, second_moments
-        self.max_norm = max_norm
+        self.max_norm, self.max_condition = max_norm, max_condition
         self.plan = Plan(symmetries, optimizer, objective)
         self.before_move: list[Callable[[Teleporter], object]] = []
         self.after_move: list[Callable[[TeleportRecord], object]] = []
         self._counter, self._seed = counter, seed
-        self._history: list[Pending] = []
+        self._history = History()
         self._held: dict[int, Element] = {}
         self._away: list[tuple[int, Bucket, Element | Split]] = []
         self._put_aside: list[tuple[Tensor, Tensor]] = []
+        self._unfinished, self._signals = Writes(), list[int]()
+        self._waves_of: dict[tuple[int, ...], list[list[int]]] = {}
         self._counts_this_step = False
         self._depth = 0
         self._warned: set[str] = set()
@@ -73,7 +79,7 @@ class Teleporter:
         self._handles = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-            optimizer.register_state_dict_pre_hook(lambda _: self._settle()),
+            optimizer.register_state_dict_pre_hook(self._before_state_dict),
         ]
         # last in, first out: of two teleporters the inner comes back first, and other hooks see weights that are back
         optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
@@ -104,10 +110,10 @@ class Teleporter:
     @property
     def history(self) -> list[TeleportRecord]:
         """One record per teleport, oldest first."""
-        return [pending.read() for pending in self._history if not pending.void()]
+        return self._history.read()
 
     def _last_record(self) -> TeleportRecord | None:
-        return next((pending.read() for pending in reversed(self._history) if not pending.void()), None)
+        return self._history.last()
 
     def track(self, copy: nn.Module | Mapping[str, Tensor]) -> RemovableHandle:
         """Move this copy of the weights (EMA, SWA, a reference model) too, whenever the weights move and stay.
@@ -145,7 +151,7 @@ class Teleporter:
         if "schedule" in state:
             self.schedule.load_state_dict(state["schedule"])
         self._held = {int(i): Element(*parts) for i, parts in state.get("held", {}).items()}
-        self._away, self._verdict = [], None
+        self._away, self._verdict, self._unfinished = [], None, Writes()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._depth and is_nested(optimizer):
@@ -175,7 +181,13 @@ class Teleporter:
             fires = self.schedule.fires(StepInfo(self.step_count, optimizer, step.norm, self._last_record))
         holding = bool(self._held) and self.frame == "return" and self.objective.holds
         if fires or holding or self._watches:
-            self._move(optimizer, step, fires, holding)
+            try:
+                self._move(optimizer, step, fires, holding)
+            except BaseException:
+                # a basis that is held was already taken up
+                if self._away and not self._unfinished:
+                    self._come_back(optimizer)
+                raise
         return changed
 
     @torch.no_grad()
@@ -195,7 +207,7 @@ class Teleporter:
                 held = [(i, bucket, self._held[i]) for i, bucket in serving if i in self._held]
                 if verdict is not None:
                     held = [(i, bucket, unless(verdict > 0, element)) for i, bucket, element in held]
-                self._go(parameters, gradients, held, "keep")
+                self._commit(self._writes(parameters, gradients, held, "keep"))
             if verdict is None:
                 self._observe(serving, gradients)
                 if fires and norm() > 0:
@@ -210,6 +222,11 @@ class Teleporter:
     def _observe(self, serving: list[tuple[int, Bucket]], gradients: dict[str, Tensor]) -> None:
         for index, bucket in serving:
             self.objective.observe(index, bucket, gradients)
+
+    def _bound(self, parameters: dict[str, Tensor]) -> float:
+        if self.max_condition is not None:
+            return self.max_condition
+        return min(usual_bound(parameter.dtype) for parameter in parameters.values())
 
     def _unless(self, void: Tensor, work: Callable[[], None]) -> None:
         """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
@@ -240,55 +257,123 @@ class Teleporter:
         for hook in self.before_move:
             hook(self)
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.step_count) % 2**63)
-        move = Move(parameters, gradients, self.radius, self.descend, generator)
+        move = Move(parameters, gradients, self.radius, self.descend, generator, self._bound(parameters))
         measured = Move(parameters, everything, self.radius, self.descend, generator)
-        before, radius, moved = self.objective.value(measured), None, 0
-        for index, bucket in serving:
-            found = self.objective.element(index, bucket, move)
-            if found is None:
-                continue
-            element, used = found
-            if void is not None:
-                element = unless(void, element)
-            elif not bool(element.finite()):
-                self._warn(f"joint {bucket.joints[0].name!r}: the search gave a non-finite element, the joint stays")
-                continue
-            self._go(parameters, gradients, [(index, bucket, element)], self.second_moments)
-            self._hold(index, element)
-            used = used.detach().float()
-            radius = used if radius is None else torch.maximum(radius, used.to(radius.device, non_blocking=True))
-            moved += len(bucket.joints)
-        after = self.objective.value(measured)
-        self._clip(everything)
-        radius, seconds = torch.zeros(()) if radius is None else radius, time.perf_counter() - start
-        self._history.append(Pending(self.step_count, before, after, radius, seconds, moved, void))
-        if self.after_move and not self._history[-1].void():
-            record = self._history[-1].read()
+        before, moved, radii, noted = self.objective.value(measured), 0, list[Tensor](), list[Pending]()
+
+        def note() -> None:
+            used = [radius.detach().float().to(radii[0].device, non_blocking=True) for radius in radii]
+            radius, after = torch.stack(used).amax() if used else torch.zeros(()), self.objective.value(measured)
+            noted.append(Pending(self.step_count, before, after, radius, time.perf_counter() - start, moved, void))
+            self._history.append(noted[-1])
+
+        waves = self._waves(serving)
+        for number, wave in enumerate(waves):
+            memory, writes = remembered(self.objective), Writes()
+            try:
+                found = [one for index, bucket in wave if (one := self._found(index, bucket, move, void)) is not None]
+                moves = [one[:3] for one in found]
+                calls = self._writes(parameters, gradients, moves, self.second_moments)
+                if held := self._now_held(moves):
+                    calls.append(partial(self._held.update, held))
+                if number == len(waves) - 1:
+                    calls += [note, lambda: self._clipping(everything)]
+                moved += sum(len(bucket.joints) for _, bucket, _ in moves)
+                radii += [used for *_, used in found]
+                writes = Writes(calls)
+                self._commit(writes)
+            except BaseException:
+                if not writes.begun:
+                    restore(self.objective, memory)
+                raise
+        if self.after_move and not noted[-1].void():
+            record = noted[-1].read()
             for report in self.after_move:
                 report(record)
 
-    def _clip(self, everything: dict[str, Tensor]) -> None:
-        clip_(everything.values(), everything, self.max_norm)
+    def _waves(self, serving: list[tuple[int, Bucket]]) -> list[list[tuple[int, Bucket]]]:
+        """Runs of buckets that are searched before the first of them moves: none reads what another of its run moves."""
+        if not self.objective.reads_tensors:
+            return [serving]
+        key = tuple(index for index, _ in serving)
+        if key not in self._waves_of:
+            waves: list[list[int]] = [[]]
+            for index, bucket in serving:
+                if any(meet(bucket, self.plan.buckets[other]) for other in waves[-1]):
+                    waves.append([])
+                waves[-1].append(index)
+            self._waves_of[key] = waves
+        return [[(index, self.plan.buckets[index]) for index in wave] for wave in self._waves_of[key]]
 
-    def _hold(self, index: int, element: Element | Split) -> None:
-        if self.frame == "return" and self.objective.holds:
-            assert isinstance(element, Element)
-            held = self._held.get(index)
-            self._held[index] = element if held is None else element.after(held)
+    def _found(
+        self, index: int, bucket: Bucket, move: Move, void: Tensor | None
+    ) -> tuple[int, Bucket, Element | Split, Tensor] | None:
+        """The element of a bucket and its radius; None where there is none that may be used, which is said."""
+        memory = remembered(self.objective)
+        try:
+            found = self.objective.element(index, bucket, move)
+            if found is None:
+                return None
+            element, used = found
+            if void is not None:
+                return index, bucket, unless(void, element, move.max_condition), used
+            reason = refusal(bucket, element, move.max_condition)
+        except torch.linalg.LinAlgError as error:
+            reason = f"joint {bucket.joints[0].name!r} or one of its shape: the search failed ({str(error).splitlines()[0]})"
+        if reason is None:
+            return index, bucket, element, used
+        restore(self.objective, memory)
+        self._warn(f"{reason}, the joint stays")
+        return None
 
-    def _go(
+    def _clipping(self, everything: dict[str, Tensor]) -> list[Write]:
+        return clipping(everything.values(), everything, self.max_norm)
+
+    def _now_held(self, moves: Sequence[tuple[int, Bucket, Element | Split]]) -> dict[int, Element]:
+        if self.frame != "return" or not self.objective.holds:
+            return {}
+        elements = {index: element for index, _, element in moves if isinstance(element, Element)}
+        return {index: element.after(self._held[index]) if index in self._held else element for index, element in elements.items()}
+
+    def _writes(
         self,
         parameters: dict[str, Tensor],
         gradients: dict[str, Tensor],
         moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
-    ) -> None:
-        move_all_(self.optimizer, self.plan, parameters, gradients, moves, second_moments)
+    ) -> list[Write]:
+        """What moves everything, the copies too, and notes that it is away; nothing is written yet."""
+        writes = writes_of(self.optimizer, self.plan, parameters, gradients, moves, second_moments)
         if self.frame == "return":
-            self._away += moves
+            return [*writes, partial(self._away.extend, moves)]
+        return [*writes, *(write for _, bucket, element in moves for write in self._tracked.writes(bucket, element))]
+
+    def _commit(self, writes: list[Write] | Writes) -> None:
+        """Do all of them; a signal that comes meanwhile is delivered after them, in the return frame after the way back."""
+        writes = writes if isinstance(writes, Writes) else Writes(writes)
+        with signals_held(self._signals if self.frame == "return" else None):
+            self._unfinished = writes
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._unfinished:
             return
-        for _, bucket, element in moves:
-            self._tracked.move_(bucket, element)
+        writes, overcome = self._unfinished, list[BaseException]()
+        try:
+            with full_precision(("cpu", "cuda")):
+                overcome = writes.finish()
+        finally:
+            if not writes or not writes.begun:
+                self._unfinished = Writes()
+            else:
+                self._warn(
+                    "a move could not be finished, the network is between two points of its orbit; it is finished before the next "
+                    "step, state_dict() of the optimizer or detach(): call one of these before the weights are used"
+                )
+        for error in overcome:
+            if not isinstance(error, Exception):
+                raise error
+            self._warn(f"a write of the move raised ({error!r}) and was taken up again; the move is whole")
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
@@ -302,6 +387,11 @@ class Teleporter:
                 self._come_back(optimizer)
             found = found_inf(optimizer)
             self._verdict = None if found is None else Flag(found)
+        deliver(self._signals)
+
+    def _before_state_dict(self, _: Optimizer) -> None:
+        self._finish()
+        self._settle()
 
     def _settle(self) -> None:
         """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
@@ -315,10 +405,9 @@ class Teleporter:
         parameters = self.plan.parameters(optimizer)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         back = [(i, bucket, element.inverse(bucket.group)) for i, bucket, element in reversed(self._away)]
-        self._away = []
         with full_precision({parameter.device.type for parameter in parameters.values()}):
             policy = "keep" if self.objective.holds else self.second_moments
-            move_all_(optimizer, self.plan, parameters, gradients, back, policy)
+            self._commit([*writes_of(optimizer, self.plan, parameters, gradients, back, policy), self._away.clear])
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
@@ -341,8 +430,10 @@ class Teleporter:
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
+        self._finish()
         if self._away:
             self._come_back(optimizer)
+        deliver(self._signals)
         if self._put_aside:
             self._put_aside = []
             _skipping.discard(optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ from teleport_fast.symmetry.symmetries import Symmetries
 
 @dataclass(frozen=True)
 class Move:
-    """The situation before a move: tensors by parameter name, how far, which way, and the source of random numbers."""
+    """The situation before a move: tensors by parameter name, how far, which way, the source of random numbers, and the largest
+    condition number that a dense element may have."""
 
     parameters: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     radius: float
     descend: bool
     generator: torch.Generator
+    max_condition: float = math.inf
 
 
 class Objective(ABC):
@@ -32,7 +35,10 @@ class Objective(ABC):
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
-    or "parameters".
+    or "parameters"; `reads_tensors` says whether `element` reads values of what moves.
+
+    A move that fails before it has written anything leaves the objective's memory as it was: `element` replaces the tensors
+    that it remembers, and never writes into them.
     """
 
     name = "objective"
@@ -41,6 +47,7 @@ class Objective(ABC):
     closed_form: tuple[str, ...] = ()
     frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
+    reads_tensors = True
 
     def default_radius(self, direction: str) -> float:
         """Searches without an optimum are bounded by 0.5: a condition number of g of at most e."""

@@ -80,7 +80,7 @@ class GradNorm(Objective):
             t = diagonal_extremum(a, 2 * k_plus, b, 2 * k_minus, move.radius, move.descend)
             return Element("diagonal", t.exp()), t.abs().amax()
         if move.descend:
-            return geodesic_descent(bucket.group, *grams(plus, minus, joints), move.radius)
+            return geodesic_descent(bucket.group, *grams(plus, minus, joints), move.radius, move.max_condition)
         if self.steps > 1:
             return trust_region_ascent(bucket.group, *grams(plus, minus, joints), move.radius, self.steps)
         lie_gradient, _ = gram_difference(plus, minus, joints)
