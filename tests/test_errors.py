@@ -135,7 +135,8 @@ CATALOGUE: dict[str, tuple[Callable[[], object], type[Exception], str, str, str]
     "no such joint": (lambda: symmetries()["other"], KeyError, "joint named", "'other'", "the joints are joint"),
     "select what is not there": (lambda: symmetries().select("other"), ValueError, "keep", "['other']", "kinds here are ['test']"),
     "a model without the parameter": (
-        lambda: symmetries().apply_(nn.Linear(3, 4), {"joint": torch.eye(4)}), ValueError, "'0.weight'", "does not have", "find_symmetries on this"
+        lambda: symmetries().apply_(nn.Linear(3, 4), {"joint": torch.eye(4)}),
+        ValueError, "'0.weight'", "does not have", "find_symmetries on this",
     ),
     "a singular element": (
         lambda: symmetries().apply_(model(), {"joint": torch.ones(4, 4)}),
