@@ -25,7 +25,7 @@ TORCH_HAS_TRITON := import sys, importlib.metadata as m; \
   sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
 MAJOR_MINOR := import sys; print("%d.%d" % sys.version_info[:2])
 
-.PHONY: help setup demo test lint types docs-examples bench clean python-matches FORCE
+.PHONY: help setup demo test lint types docs docs-examples bench clean python-matches FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,11 +48,14 @@ types: setup  ## mypy
 docs-examples: setup  ## run the code blocks of README.md and docs/, and the docstrings' examples
 	@$(BIN)/pytest tests/test_docs_examples.py $(PYTEST_ARGS)
 
+docs: $(STAMPS)/docs  ## build the documentation's site into site/; a warning or a broken link fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 bench: setup  ## run the benchmarks
 	@$(BIN)/pytest bench $(PYTEST_ARGS)
 
 clean:  ## remove what was built; .venv and runs/ stay
-	rm -rf build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find teleport_fast kernels tests bench examples -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true
 	find teleport_fast -name '*.so' -delete
 	rm -f $(STAMPS)/built
@@ -87,6 +90,12 @@ $(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/torch
 	@if $(BIN)/python -c '$(TORCH_HAS_TRITON)'; then grep -v '^triton' requirements/dev.txt; \
 	  else cat requirements/dev.txt; fi > $(STAMPS)/dev.txt
 	@$(PIP) install --quiet $(PIP_ARGS) -r $(STAMPS)/dev.txt
+	@touch $@
+
+# Needs no torch: the API's pages are read from the sources.
+$(STAMPS)/docs: requirements/docs.txt | $(STAMPS)/venv
+	@echo "==> requirements/docs.txt"
+	@$(PIP) install --quiet $(PIP_ARGS) -r requirements/docs.txt
 	@touch $@
 
 # Rewritten only when the compiler changes: one that is installed after a pure-Python set-up is then used.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.distributed.layout import local_part
+from teleport_fast.objectives.base import Objective
 from teleport_fast.symmetry.bucket import Element, Split
 
 E = TypeVar("E", bound=Element | Split)
@@ -59,7 +61,7 @@ def unscale_(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                on_device.setdefault(parameter.grad.device, []).append(parameter.grad)
+                on_device.setdefault(parameter.grad.device, []).append(local_part(parameter.grad))
     for device, gradients in on_device.items():
         torch._foreach_mul_(gradients, scale.to(device, torch.float64, non_blocking=True).reciprocal().float())
     optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -68,7 +70,7 @@ def unscale_(optimizer: Optimizer) -> None:
 def found_inf(optimizer: Optimizer) -> Tensor | None:
     """The scaler's verdict on a fused optimizer's gradients, a tensor above 0 where the step is void; else None."""
     found = getattr(optimizer, "found_inf", None)
-    return found if isinstance(found, Tensor) else None
+    return local_part(found) if isinstance(found, Tensor) else None
 
 
 def unless(void: Tensor, element: E, max_condition: float = math.inf) -> E:
@@ -82,6 +84,20 @@ def unless(void: Tensor, element: E, max_condition: float = math.inf) -> E:
     if isinstance(element, Split):
         return cast(E, Split(_or_identity(void, element.plus), _or_identity(void, element.minus)))
     return cast(E, _or_identity(void, element))
+
+
+def unless_remembered(objective: Objective, void: Tensor, work: Callable[[], None]) -> None:
+    """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
+    before = objective.state_dict()
+    work()
+    after = objective.state_dict()
+    if after:
+        objective.load_state_dict(
+            {
+                key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
+                for key, new in after.items()
+            }
+        )
 
 
 def _or_identity(void: Tensor, element: Element) -> Element:

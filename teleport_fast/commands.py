@@ -1,4 +1,4 @@
-"""The verbs of `python -m teleport_fast`: doctor, inspect, canonicalize, train and reproduce."""
+"""The verbs of `python -m teleport_fast`: doctor, inspect, canonicalize, train, report and reproduce."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from teleport_fast.experiments.gpt_options import (
 from teleport_fast.experiments.studies.command import reproduce
 from teleport_fast.experiments.train import Setting
 from teleport_fast.inspection.command import canonicalize, inspect
+from teleport_fast.report.command import report
 
 SETTING = Setting()
 app = typer.Typer(
@@ -60,7 +61,7 @@ def train(
         Path, typer.Option(help="Folder for comparison.png and comparison.json, or the sweep's files.")
     ] = Path("runs/demo"),
     objective: Annotated[
-        str, typer.Option(help="Second arm: rotations (the default), grad_norm, grad_l1 or balance.")
+        str, typer.Option(help="Second arm: rotations (the default, shown beside rotated), grad_norm, grad_l1 or balance.")
     ] = "rotations",
     base: Annotated[
         str, typer.Option(help="Base optimizer of all arms: adamw, adam, sgd, adagrad or rmsprop.")
@@ -137,7 +138,8 @@ def train(
         raise ValueError(
             f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}; pass one of these names"
         )
-    names = [base, objective] + (["random"] if control and objective != "random" else [])
+    flagship = ["rotated"] if (base, objective) == ("adamw", "rotations") else []
+    names = [base, objective, *flagship] + (["random"] if control and objective != "random" else [])
     if arms is not None:
         names = [name.strip() for name in arms.split(",")]
     changes: dict[str, Any] = {"every": every, "radius": radius, "direction": direction}
@@ -162,4 +164,5 @@ def train(
 
 app.command()(inspect)
 app.command()(canonicalize)
+app.command()(report)
 app.command()(reproduce)

@@ -26,6 +26,8 @@ class Plateau(Schedule):
     [False, False, False, True, False, False, False, True]
     """
 
+    agrees = True
+
     def __init__(self, patience: int = 50, threshold: float = 0.01, smoothing: float = 0.9) -> None:
         _count("patience", patience, 50)
         if not 0 <= threshold < 1:

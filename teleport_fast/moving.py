@@ -27,21 +27,21 @@ def writes_of(
     Nothing is written before the first of the calls. What a reset forgets the next bucket does not move: there the state is
     looked up call by call.
     """
-    states = state_sources(optimizer, parameters) if moves else []
+    states, place = state_sources(optimizer, parameters) if moves else [], plan.place
 
     def of(bucket: Bucket, element: Element | Split, states: list[tuple[str, dict[str, Tensor]]] | None = None) -> list[Write]:
         states = state_sources(optimizer, parameters) if states is None else states
         moving = [source for source in states if source[0] != NORMALISED]
         carried = [(PARAMETER, buffers)] if (buffers := plan.buffers(bucket)) else []
-        found: list[Write] = bucket.writes(element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
+        found = place.writes(bucket, element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
         normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
         if normalised:
-            found += bucket.writes(element.signs(), normalised)
+            found += place.writes(bucket, element.signs(), normalised)
         if element.form in ("diagonal", "permutation") or second_moments == "keep":
             return found
         if second_moments == "project" and isinstance(element, Element):
             squares = [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE]
-            return found + bucket.writes(element.squared(), squares)
+            return found + place.writes(bucket, element.squared(), squares)
         return [*found, partial(forget_, optimizer, [parameters[name] for name in bucket.parameters()])]
 
     if second_moments == "reset":

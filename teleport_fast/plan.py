@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.distributed.layout import as_dtensor, local_part
 from teleport_fast.objectives import Objective
 from teleport_fast.symmetry.bucket import Bucket, buckets
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
+from teleport_fast.whole import WHOLE, Whole
 
 
 class Plan:
@@ -20,14 +23,22 @@ class Plan:
 
     A place is good as long as the same parameter stands there. Where groups were removed or reordered, a parameter is found
     again by identity; where it was replaced (by a wrapper that shards), by its name, or at its place if it is new there and
-    of the same shape. Joints of a parameter that left the optimizer wait until it is back.
+    of the same shape. Joints of a parameter that left the optimizer wait until it is back. `place` says how what lies there is
+    measured and moved: whole tensors by this process, parts by all ranks; it is looked up when the parameters are.
     Errors: ValueError if no joint serves the objective, a joint names a parameter that the optimizer does not have, or
     a joint's tensors do not fit their views.
     """
 
     def __init__(self, symmetries: Symmetries, optimizer: Optimizer, objective: Objective) -> None:
         objective.check(symmetries)
-        self.left_out = {joint.name: reason for joint in symmetries if (reason := objective.unusable(joint))}
+        self._objective = objective
+        positions = _positions(optimizer, symmetries)
+        self.place = place_of(optimizer)
+        self.left_out = {
+            joint.name: reason
+            for joint in symmetries
+            if (reason := objective.unusable(joint) or self._refusal(joint, optimizer, positions))
+        }
         joints = [joint for joint in symmetries if joint.name not in self.left_out]
         if not joints:
             reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items()) or "there are no joints"
@@ -35,7 +46,6 @@ class Plan:
                 f"no joint can serve objective {objective.name!r} ({reasons}); "
                 f"pass another objective, or other symmetries: see symmetries.explain()"
             )
-        positions = _positions(optimizer, symmetries)
         self.slots: dict[str, tuple[int, int]] = {}
         for joint in joints:
             for name in joint.parameters():
@@ -43,19 +53,30 @@ class Plan:
                     raise ValueError(
                         f"parameter {name!r} of joint {joint.name!r} is not in the optimizer; "
                         f"give it to the optimizer, or leave the joint out with symmetries.select(...)"
+                        + ("; give model.named_parameters() where a wrapper replaced the model's" if self.place.sharded else "")
                     )
                 self.slots[name] = positions[name]
         self._wanted = tuple(self.slots)
         self._names = {position: name for name, position in positions.items()}
         self._remember(optimizer)
         parameters = self.parameters(optimizer)
+        shapes = described(parameters)
         for joint in joints:
-            joint.check_shapes({**symmetries.buffers(joint.buffers()), **parameters})
+            joint.check_shapes({**symmetries.buffers(joint.buffers()), **shapes})
         on_device: dict[torch.device, list[Joint]] = {}
         for joint in joints:
             on_device.setdefault(parameters[joint.parameters()[0]].device, []).append(joint)
         self.buckets: list[Bucket] = [bucket for alike in on_device.values() for bucket in buckets(alike)]
         self._buffers = symmetries.buffers
+        self._refused: dict[int, str] = {}
+
+    def _refusal(self, joint: Joint, optimizer: Optimizer, positions: Mapping[str, tuple[int, int]]) -> str | None:
+        """Why this joint cannot serve where its parameters lie, or None."""
+        if not self.place.sharded or not all(name in positions for name in joint.parameters()):
+            return None
+        places = {name: positions[name] for name in joint.parameters()}
+        tensors = {name: optimizer.param_groups[g]["params"][i] for name, (g, i) in places.items()}
+        return self.place.refuses(self._objective, joint, tensors)
 
     def _remember(self, optimizer: Optimizer) -> None:
         """Who stands where: the joints' parameters by name, and all of them by id."""
@@ -92,6 +113,11 @@ class Plan:
         self.slots = found
         self._remember(optimizer)
         self._live |= gone
+        self.place = place_of(optimizer)
+        self._refused = {}
+        for index, bucket in enumerate(self.buckets):
+            reasons = [(joint, self._refusal(joint, optimizer, found)) for joint in bucket.joints]
+            self._refused |= {index: f"joint {joint.name!r}: {reason}" for joint, reason in reasons if reason}
 
     def _is_replaced(self, optimizer: Optimizer, place: tuple[int, int], before: Tensor | None) -> bool:
         """Whether a parameter that was in no group before stands where this one stood."""
@@ -119,7 +145,9 @@ class Plan:
 
     def missing(self, parameters: dict[str, Tensor], gradients: dict[str, Tensor]) -> str:
         """Why not all joints serve in this step."""
-        name = next(name for name in self._wanted if name not in gradients)
+        name = next((name for name in self._wanted if name not in gradients), None)
+        if name is None:
+            return f"{next(iter(self._refused.values()))}; joints like it are not teleported"
         if name in parameters:
             return f"parameter {name!r} has no gradient: joints that need it are not teleported"
         return f"parameter {name!r} is no longer in the optimizer: joints that need it are not teleported"
@@ -146,15 +174,41 @@ class Plan:
                             f"sparse=False, or leave its joints out with symmetries.select(...)"
                         )
                     continue
-                found[name] = gradient
+                found[name] = self.place.settled(parameter, gradient)
         return found
+
+    def any_gradient(self, optimizer: Optimizer) -> bool:
+        """Whether any entry of a gradient is not 0, on any rank."""
+        return self.place.any_nonzero(local_part(gradient) for gradient in self.gradients(optimizer).values())
 
     def serving(self, names: set[str]) -> list[tuple[int, Bucket]]:
         """Numbered buckets whose parameters are all in `names` (those that have a gradient)."""
-        return [(i, bucket) for i, bucket in enumerate(self.buckets) if names.issuperset(bucket.parameters())]
+        return [
+            (i, bucket)
+            for i, bucket in enumerate(self.buckets)
+            if names.issuperset(bucket.parameters()) and i not in self._refused
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": {}, "_seen": {}}
+        return {**self.__dict__, "_live": {}, "_seen": {}, "place": WHOLE}
+
+
+def place_of(optimizer: Optimizer) -> Whole:
+    """How the optimizer's parameters are measured and moved: by this process, or by all ranks where one is a DTensor."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if all(as_dtensor(parameter) is None for parameter in parameters):
+        return WHOLE
+    from teleport_fast.distributed.shards import Shards
+
+    return Shards(parameters)
+
+
+def described(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with one that lies on many ranks as its whole shape without storage: views can be laid on it."""
+    return {
+        name: tensor if as_dtensor(tensor) is None else torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
+        for name, tensor in tensors.items()
+    }
 
 
 def _places(optimizer: Optimizer) -> tuple[dict[int, tuple[int, int]], dict[str, tuple[int, int]]]:
@@ -173,7 +227,8 @@ def _positions(optimizer: Optimizer, symmetries: Symmetries) -> dict[str, tuple[
     by_id, named = _places(optimizer)
     for joint in symmetries:
         for name in joint.parameters():
-            parameter = symmetries.parameter(name)
-            if parameter is not None and id(parameter) in by_id:
-                named[name] = by_id[id(parameter)]
+            for parameter in symmetries.candidates(name):
+                if id(parameter) in by_id:
+                    named[name] = by_id[id(parameter)]
+                    break
     return named

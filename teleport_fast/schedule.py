@@ -25,7 +25,13 @@ class StepInfo:
 
 
 class Schedule(ABC):
-    """Says before each optimizer step whether to teleport."""
+    """Says before each optimizer step whether to teleport.
+
+    `agrees`: whether it says the same on every rank of a model that lies on many, as what goes by the step or the gradient norm
+    does. What goes by a clock, a rank's own batch or a user's function may not: there the first rank's word holds for all.
+    """
+
+    agrees = False
 
     @abstractmethod
     def fires(self, info: StepInfo) -> bool: ...
@@ -47,6 +53,8 @@ class At(Schedule):
     True
     """
 
+    agrees = True
+
     def __init__(self, *steps: int | Iterable[int]) -> None:
         chosen: set[int] = set()
         for step in chain.from_iterable(s if isinstance(s, Iterable) else (s,) for s in steps):
@@ -64,6 +72,8 @@ class At(Schedule):
 
 class Every(Schedule):
     """Before steps n, 2n, 3n, … (counted from 0), `count` times at most when it is given."""
+
+    agrees = True
 
     def __init__(self, n: int, count: int | None = None) -> None:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:

@@ -15,23 +15,30 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
+from teleport_fast.called import (
+    found_inf,
+    full_precision,
+    has_no_rate,
+    is_nested,
+    run_closure_once,
+    unless,
+    unless_remembered,
+)
 from teleport_fast.flag import Flag
-from teleport_fast.gradients import Gradients, clipping, total_norm
+from teleport_fast.gradients import Gradients
 from teleport_fast.moving import writes_of
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
 from teleport_fast.record import History, Pending, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
-from teleport_fast.soundness import refusal, remembered, restore, usual_bound
+from teleport_fast.searching import Waves, search
+from teleport_fast.skipped import PutAside, is_skipping
+from teleport_fast.soundness import remembered, restore, usual_bound
 from teleport_fast.state import state_sources
-from teleport_fast.symmetry.bucket import Bucket, Element, Split, meet
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
-from teleport_fast.writes import Write, Writes, deliver, signals_held
-
-# optimizers whose present step a teleporter skips: another one on the same optimizer finds no gradient and stays quiet
-_skipping: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+from teleport_fast.writes import TRIES, Write, Writes, deliver, signals_held
 
 
 class Teleporter:
@@ -64,15 +71,14 @@ class Teleporter:
         self._history = History()
         self._held: dict[int, Element] = {}
         self._away: list[tuple[int, Bucket, Element | Split]] = []
-        self._put_aside: list[tuple[Tensor, Tensor]] = []
-        self._unfinished, self._signals = Writes(), list[int]()
-        self._waves_of: dict[tuple[int, ...], list[list[int]]] = {}
+        self._put_aside = PutAside()
+        self._unfinished, self._signals, self._waves = Writes(), list[int](), Waves()
         self._counts_this_step = False
         self._depth = 0
         self._warned: set[str] = set()
         self._watches = type(objective).observe is not Objective.observe
         self._looked = False
-        self._tracked = Tracked(self.plan.buckets)
+        self._tracked = Tracked(self.plan)
         self._verdict: Flag | None = None
         self.step_count = self.step_count
         # compiled steps call them as they are: traced, a schedule's decision and the counter would be guards
@@ -163,7 +169,7 @@ class Teleporter:
         self._counts_this_step = False
         first = self.plan.first_gradient(optimizer)
         if first is None:
-            if optimizer not in _skipping:
+            if not is_skipping(optimizer):
                 self._warn("no parameter of the joints has a gradient, nothing is teleported; call backward() first")
             return changed
         if first.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -171,14 +177,14 @@ class Teleporter:
                 "a captured step would replay without its schedule; capture forward and backward, and call "
                 "optimizer.step() outside of the graph"
             )
-        if has_no_rate(optimizer) and not any(bool(g.any()) for g in self.plan.gradients(optimizer).values()):
+        if has_no_rate(optimizer) and not self.plan.any_gradient(optimizer):
             return changed  # a checkpoint that initialises the optimizer's state steps like this: leave no trace
         self._counts_this_step = True
         if not self._looked:
             self._looked = bool(self.plan.gradients(optimizer))  # names a sparse one before the first teleport
         step = Gradients(self.plan, optimizer)
         with torch.no_grad():
-            fires = self.schedule.fires(StepInfo(self.step_count, optimizer, step.norm, self._last_record))
+            fires = self.plan.place.fires(self.schedule, StepInfo(self.step_count, optimizer, step.norm, self._last_record))
         holding = bool(self._held) and self.frame == "return" and self.objective.holds
         if fires or holding or self._watches:
             try:
@@ -192,13 +198,14 @@ class Teleporter:
 
     @torch.no_grad()
     def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
-        everything, norm = step.everything, step.norm
+        everything, norm, place = step.everything, step.norm, self.plan.place
         parameters = self.plan.parameters(optimizer)
         gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
         if len(serving) < len(self.plan.buckets):
             self._warn(self.plan.missing(parameters, gradients))
         verdict = found_inf(optimizer)
+        verdict = None if verdict is None else place.verdict(verdict)
         # before anything turns: a turn would spread a non-finite entry over its column
         if fires and verdict is None and not math.isfinite(norm()) and self._skip_step(everything()):
             return
@@ -207,39 +214,24 @@ class Teleporter:
                 held = [(i, bucket, self._held[i]) for i, bucket in serving if i in self._held]
                 if verdict is not None:
                     held = [(i, bucket, unless(verdict > 0, element)) for i, bucket, element in held]
-                self._commit(self._writes(parameters, gradients, held, "keep"))
+                self._commit(self._listed(self._writes(parameters, gradients, held, "keep")))
             if verdict is None:
-                self._observe(serving, gradients)
+                place.observe(self.objective, serving, gradients)
                 if fires and norm() > 0:
                     self._teleport(parameters, gradients, everything(), serving, None)
                 return
             void = verdict > 0
-            self._unless(void, lambda: self._observe(serving, gradients))
+            unless_remembered(self.objective, void, lambda: place.observe(self.objective, serving, gradients))
             if fires:
-                void = void | (total_norm(everything()) == 0).to(void.device, non_blocking=True)
-                self._unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
-
-    def _observe(self, serving: list[tuple[int, Bucket]], gradients: dict[str, Tensor]) -> None:
-        for index, bucket in serving:
-            self.objective.observe(index, bucket, gradients)
+                void = void | (place.norm(everything()) == 0).to(void.device, non_blocking=True)
+                unless_remembered(
+                    self.objective, void, lambda: self._teleport(parameters, gradients, everything(), serving, void)
+                )
 
     def _bound(self, parameters: dict[str, Tensor]) -> float:
         if self.max_condition is not None:
             return self.max_condition
         return min(usual_bound(parameter.dtype) for parameter in parameters.values())
-
-    def _unless(self, void: Tensor, work: Callable[[], None]) -> None:
-        """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
-        before = self.objective.state_dict()
-        work()
-        after = self.objective.state_dict()
-        if after:
-            self.objective.load_state_dict(
-                {
-                    key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
-                    for key, new in after.items()
-                }
-            )
 
     def _teleport(
         self,
@@ -259,19 +251,20 @@ class Teleporter:
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.step_count) % 2**63)
         move = Move(parameters, gradients, self.radius, self.descend, generator, self._bound(parameters))
         measured = Move(parameters, everything, self.radius, self.descend, generator)
-        before, moved, radii, noted = self.objective.value(measured), 0, list[Tensor](), list[Pending]()
+        place, moved, radii, noted = self.plan.place, 0, list[Tensor](), list[Pending]()
+        before = place.value(self.objective, measured)
 
         def note() -> None:
             used = [radius.detach().float().to(radii[0].device, non_blocking=True) for radius in radii]
-            radius, after = torch.stack(used).amax() if used else torch.zeros(()), self.objective.value(measured)
+            radius, after = torch.stack(used).amax() if used else torch.zeros(()), place.value(self.objective, measured)
             noted.append(Pending(self.step_count, before, after, radius, time.perf_counter() - start, moved, void))
             self._history.append(noted[-1])
 
-        waves = self._waves(serving)
+        waves = self._waves.of(self.objective, serving)
         for number, wave in enumerate(waves):
             memory, writes = remembered(self.objective), Writes()
             try:
-                found = [one for index, bucket in wave if (one := self._found(index, bucket, move, void)) is not None]
+                found = search(place, self.objective, wave, move, void, self._warn)
                 moves = [one[:3] for one in found]
                 calls = self._writes(parameters, gradients, moves, self.second_moments)
                 if held := self._now_held(moves):
@@ -280,7 +273,7 @@ class Teleporter:
                     calls += [note, lambda: self._clipping(everything)]
                 moved += sum(len(bucket.joints) for _, bucket, _ in moves)
                 radii += [used for *_, used in found]
-                writes = Writes(calls)
+                writes = self._listed(calls)
                 self._commit(writes)
             except BaseException:
                 if not writes.begun:
@@ -291,43 +284,8 @@ class Teleporter:
             for report in self.after_move:
                 report(record)
 
-    def _waves(self, serving: list[tuple[int, Bucket]]) -> list[list[tuple[int, Bucket]]]:
-        """Runs of buckets that are searched before the first of them moves: none reads what another of its run moves."""
-        if not self.objective.reads_tensors:
-            return [serving]
-        key = tuple(index for index, _ in serving)
-        if key not in self._waves_of:
-            waves: list[list[int]] = [[]]
-            for index, bucket in serving:
-                if any(meet(bucket, self.plan.buckets[other]) for other in waves[-1]):
-                    waves.append([])
-                waves[-1].append(index)
-            self._waves_of[key] = waves
-        return [[(index, self.plan.buckets[index]) for index in wave] for wave in self._waves_of[key]]
-
-    def _found(
-        self, index: int, bucket: Bucket, move: Move, void: Tensor | None
-    ) -> tuple[int, Bucket, Element | Split, Tensor] | None:
-        """The element of a bucket and its radius; None where there is none that may be used, which is said."""
-        memory = remembered(self.objective)
-        try:
-            found = self.objective.element(index, bucket, move)
-            if found is None:
-                return None
-            element, used = found
-            if void is not None:
-                return index, bucket, unless(void, element, move.max_condition), used
-            reason = refusal(bucket, element, move.max_condition)
-        except torch.linalg.LinAlgError as error:
-            reason = f"joint {bucket.joints[0].name!r} or one of its shape: the search failed ({str(error).splitlines()[0]})"
-        if reason is None:
-            return index, bucket, element, used
-        restore(self.objective, memory)
-        self._warn(f"{reason}, the joint stays")
-        return None
-
     def _clipping(self, everything: dict[str, Tensor]) -> list[Write]:
-        return clipping(everything.values(), everything, self.max_norm)
+        return self.plan.place.clipping(everything.values(), everything, self.max_norm)
 
     def _now_held(self, moves: Sequence[tuple[int, Bucket, Element | Split]]) -> dict[int, Element]:
         if self.frame != "return" or not self.objective.holds:
@@ -348,9 +306,12 @@ class Teleporter:
             return [*writes, partial(self._away.extend, moves)]
         return [*writes, *(write for _, bucket, element in moves for write in self._tracked.writes(bucket, element))]
 
-    def _commit(self, writes: list[Write] | Writes) -> None:
+    def _listed(self, writes: list[Write]) -> Writes:
+        # a rank that called an op again alone would wait for the others
+        return Writes(writes, 1 if self.plan.place.sharded else TRIES)
+
+    def _commit(self, writes: Writes) -> None:
         """Do all of them; a signal that comes meanwhile is delivered after them, in the return frame after the way back."""
-        writes = writes if isinstance(writes, Writes) else Writes(writes)
         with signals_held(self._signals if self.frame == "return" else None):
             self._unfinished = writes
             self._finish()
@@ -365,6 +326,9 @@ class Teleporter:
         finally:
             if not writes or not writes.begun:
                 self._unfinished = Writes()
+            elif self.plan.place.sharded:
+                self._unfinished = Writes()
+                self._warn("a move failed on this rank, whose weights are between two points of their orbit; resume from a checkpoint")
             else:
                 self._warn(
                     "a move could not be finished, the network is between two points of its orbit; it is finished before the next "
@@ -380,13 +344,13 @@ class Teleporter:
         if self._depth:
             return
         if self._put_aside:
-            self._give_gradients_back(optimizer)
+            self._put_aside.give_back(optimizer)
         elif self._counts_this_step:
             self.step_count += 1
             if self._away:
                 self._come_back(optimizer)
             found = found_inf(optimizer)
-            self._verdict = None if found is None else Flag(found)
+            self._verdict = None if found is None else Flag(self.plan.place.verdict(found))
         deliver(self._signals)
 
     def _before_state_dict(self, _: Optimizer) -> None:
@@ -407,26 +371,17 @@ class Teleporter:
         back = [(i, bucket, element.inverse(bucket.group)) for i, bucket, element in reversed(self._away)]
         with full_precision({parameter.device.type for parameter in parameters.values()}):
             policy = "keep" if self.objective.holds else self.second_moments
-            self._commit([*writes_of(optimizer, self.plan, parameters, gradients, back, policy), self._away.clear])
+            writes = writes_of(optimizer, self.plan, parameters, gradients, back, policy)
+            self._commit(self._listed([*writes, self._away.clear]))
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
-        bad = next((name for name, gradient in everything.items() if not bool(torch.isfinite(gradient).all())), None)
+        bad = self.plan.place.first_not_finite(everything)
         if bad is None:
             return False  # finite entries whose norm overflows
         self._warn(f"gradient of {bad!r} is not finite: no teleport, and this optimizer step is skipped")
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._put_aside = [(p, p.grad) for p in parameters if p.grad is not None]
-        for parameter, _ in self._put_aside:
-            parameter.grad = None
-        _skipping.add(self.optimizer)
+        self._put_aside.take(self.optimizer)
         return True
-
-    def _give_gradients_back(self, optimizer: Optimizer) -> None:
-        for parameter, gradient in self._put_aside:
-            parameter.grad = gradient
-        self._put_aside = []
-        _skipping.discard(optimizer)
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
@@ -435,8 +390,7 @@ class Teleporter:
             self._come_back(optimizer)
         deliver(self._signals)
         if self._put_aside:
-            self._put_aside = []
-            _skipping.discard(optimizer)
+            self._put_aside.forget(optimizer)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:

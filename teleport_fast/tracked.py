@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from teleport_fast.plan import Plan, described
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.writes import Write
@@ -22,8 +23,9 @@ PREFIXES = ("module.", "_orig_mod.")
 class Tracked:
     """The tracked copies of one teleporter. Modules are held weakly, and their tensors looked up at each move."""
 
-    def __init__(self, buckets: Iterable[Bucket]) -> None:
-        self._joints: list[Joint] = [joint for bucket in buckets for joint in bucket.joints]
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._joints: list[Joint] = [joint for bucket in plan.buckets for joint in bucket.joints]
         self._copies: OrderedDict[int, Any] = OrderedDict()
 
     def add(self, copy: nn.Module | Mapping[str, Tensor]) -> RemovableHandle:
@@ -35,7 +37,7 @@ class Tracked:
                         f"copy has no tensor {name!r}, which joint {joint.name!r} moves; "
                         f"pass the averaged model, or a mapping with the model's own names"
                     )
-            joint.check_shapes(tensors)
+            joint.check_shapes(described(tensors))
         handle = RemovableHandle(self._copies)
         self._copies[handle.id] = weakref.ref(copy) if isinstance(copy, nn.Module) else lambda: copy
         return handle
@@ -53,7 +55,7 @@ class Tracked:
                 continue
             tensors = _named(found)
             device = tensors[bucket.parameters()[0]].device
-            writes += bucket.writes(element.to(device), [(PARAMETER, tensors)])
+            writes += self._plan.place.writes(bucket, element.to(device), [(PARAMETER, tensors)])
         return writes
 
 

@@ -19,7 +19,7 @@ _SIGNALS = tuple(int(number) for number in signal.valid_signals())
 
 
 class Writes:
-    """Writes in their order. One that raises is called again and goes on where it stopped; after `TRIES` errors in a row
+    """Writes in their order. One that raises is called again and goes on where it stopped; after `tries` errors in a row
     `finish` raises, and what is left can be finished later.
 
     >>> found, left = [], [1]
@@ -29,8 +29,8 @@ class Writes:
     [1.0, 2]
     """
 
-    def __init__(self, writes: Sequence[Write] = ()) -> None:
-        self._left = list(writes)
+    def __init__(self, writes: Sequence[Write] = (), tries: int = TRIES) -> None:
+        self._left, self._tries = list(writes), tries
         self._cursor = Cursor()
         self._counted = False
 
@@ -53,7 +53,7 @@ class Writes:
                     more = self._left[0]()
             except BaseException as error:
                 tries += 1
-                if tries == TRIES:
+                if tries == self._tries:
                     raise
                 overcome.append(error)
                 if isinstance(error, torch.OutOfMemoryError):

@@ -142,15 +142,13 @@ def test_train_leaves_a_table_a_picture_and_json(
     assert cli.main(command) == 0
     shown = capsys.readouterr()
     assert "validation loss" in shown.out
-    assert "1/5 adamw, seed 0" in shown.err
+    assert "1/7 adamw, seed 0" in shown.err
     assert (out / "comparison.png").stat().st_size > 10_000
     found = json.loads((out / "comparison.json").read_text())
     assert found["command"].startswith("python -m teleport_fast train --d-model 32")
     runs = [(run["arm"], run["seed"]) for run in found["runs"]]
-    assert runs == [(arm, 0) for arm in ("adamw", "adamw + rotations", "adamw + random")] + [
-        ("adamw", 1),
-        ("adamw + rotations", 1),
-    ]
+    paired = [(arm, seed) for seed in (0, 1) for arm in ("adamw", "adamw + rotations", "rotated")]
+    assert runs == [*paired, ("adamw + random", 0)]
 
 
 def test_json_on_standard_output_is_json_alone(

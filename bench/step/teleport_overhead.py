@@ -25,7 +25,7 @@ from teleport_fast.objectives import Eigenbasis
 
 OBJECTIVES: dict[str, str | Callable[[], Eigenbasis]] = {
     "eigenbasis": "eigenbasis",
-    "eigenbasis, parts=4": lambda: Eigenbasis(parts=4),
+    "eigenbasis, parts=1": lambda: Eigenbasis(parts=1),
     "eigenbasis, takes='turns'": lambda: Eigenbasis(takes="turns"),
     **{name: name for name in ("random", "grad_norm", "grad_l1", "balance")},
 }

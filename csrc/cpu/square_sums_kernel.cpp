@@ -51,21 +51,64 @@ INLINE void add_entry(const S* x, const RowSums& to) {
   add<T>(value * value, value < 0 ? -value : value, to);
 }
 
-INLINE void add_lanes(Vec<double> x, double* to, double* lost) {
-  const Vec<double> before = load(to), after = before + x, added = after - before;
-  store(after, to);
-  store(load(lost) + ((before - (after - added)) + (x - added)), lost);
+// float64 sums of a vector's lanes, in registers: halves of a float32 one; of float64, the sums and what they lost.
+template <class T>
+struct Lanes {
+  Vec<double> first{}, second{};
+};
+
+INLINE void add(Vec<double> x, Lanes<double>& to) {
+  const Vec<double> before = to.first, after = before + x, added = after - before;
+  to.first = after;
+  to.second += (before - (after - added)) + (x - added);
 }
-INLINE void add_lanes(Vec<float> x, double* to, double*) {
+INLINE void add(Vec<float> x, Lanes<float>& to) {
 #if defined(__AVX512F__)
-  _mm512_storeu_pd(to, _mm512_loadu_pd(to) + _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
-  _mm512_storeu_pd(to + 8, _mm512_loadu_pd(to + 8) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+  to.first += _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  to.second += _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
 #elif defined(__AVX2__)
-  _mm256_storeu_pd(to, _mm256_loadu_pd(to) + _mm256_cvtps_pd(_mm256_castps256_ps128(x)));
-  _mm256_storeu_pd(to + 4, _mm256_loadu_pd(to + 4) + _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
+  to.first += _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  to.second += _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
 #else
-  for (int i = 0; i < kLanes<float>; ++i) to[i] += double(x[i]);
+  constexpr int half = kLanes<double>;
+  for (int i = 0; i < half; ++i) {
+    to.first[i] += double(x[i]);
+    to.second[i] += double(x[half + i]);
+  }
 #endif
+}
+
+INLINE void add_lanes(const Lanes<double>& lanes, double& sum, double& lost) {
+  for (int l = 0; l < kLanes<double>; ++l) {
+    add_exactly(lanes.first[l], sum, lost);
+    lost += lanes.second[l];
+  }
+}
+INLINE void add_lanes(const Lanes<float>& lanes, double& sum, double&) {
+  const Vec<double> both = lanes.first + lanes.second;
+#if defined(__AVX512F__)
+  sum += _mm512_reduce_add_pd(both);
+#elif defined(__AVX2__)
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(both), _mm256_extractf128_pd(both, 1));
+  sum += _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+#else
+  for (int l = 0; l < kLanes<double>; ++l) sum += both[l];
+#endif
+}
+
+// The same, of sums that lie in memory.
+INLINE void add_at(Vec<double> x, double* to, double* lost) {
+  Lanes<double> lanes{load(to), load(lost)};
+  add(x, lanes);
+  store(lanes.first, to);
+  store(lanes.second, lost);
+}
+INLINE void add_at(Vec<float> x, double* to, double*) {
+  constexpr int half = kLanes<double>;
+  Lanes<float> lanes{load(to), load(to + half)};
+  add(x, lanes);
+  store(lanes.first, to);
+  store(lanes.second, to + half);
 }
 
 // The columns of one row, contiguous.
@@ -74,10 +117,9 @@ INLINE void add_run(const S* x, int64_t count, const RowSums& to) {
   constexpr int lanes = kLanes<T>, chains = kChains;
   constexpr int64_t run = kChain<T> * chains * lanes;
   double square = 0, l1 = 0, square_lost = 0, l1_lost = 0;
-  const RowSums sums{&square, &l1, &square_lost, &l1_lost};
   int64_t i = 0;
   if (count >= lanes) {
-    double wide[4][lanes] = {};
+    Lanes<T> square_lanes, l1_lanes;
     while (count - i >= lanes) {
       const int64_t end = i + (count - i < run ? count - i : run);
       Vec<T> squares[chains] = {}, l1s[chains] = {};
@@ -92,23 +134,13 @@ INLINE void add_run(const S* x, int64_t count, const RowSums& to) {
         squares[0] = fma<T>(v, v, squares[0]);
         l1s[0] += absolute<T>(v);
       }
-      add_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]), wide[0], wide[2]);
-      add_lanes((l1s[0] + l1s[1]) + (l1s[2] + l1s[3]), wide[1], wide[3]);
+      add((squares[0] + squares[1]) + (squares[2] + squares[3]), square_lanes);
+      add((l1s[0] + l1s[1]) + (l1s[2] + l1s[3]), l1_lanes);
     }
-    if constexpr (sizeof(T) == 4) {
-      for (int half = lanes / 2; half > 0; half /= 2)
-        for (int t = 0; t < 2; ++t)
-          for (int l = 0; l < half; ++l) wide[t][l] += wide[t][l + half];
-      square = wide[0][0];
-      l1 = wide[1][0];
-    } else {
-      for (int l = 0; l < lanes; ++l) {
-        add<T>(wide[0][l], wide[1][l], sums);
-        square_lost += wide[2][l];
-        l1_lost += wide[3][l];
-      }
-    }
+    add_lanes(square_lanes, square, square_lost);
+    add_lanes(l1_lanes, l1, l1_lost);
   }
+  const RowSums sums{&square, &l1, &square_lost, &l1_lost};
   for (; i < count; ++i) add_entry<S, T>(x + i, sums);
   add<T>(square, l1, to);
   if constexpr (sizeof(T) == 8) {
@@ -132,8 +164,8 @@ INLINE void add_columns(const S* x, int64_t step, int64_t rows, const RowSums& t
       square = fma<T>(v, v, square);
       l1 += absolute<T>(v);
     }
-    add_lanes(square, to.squares + i, to.squares_lost + i);
-    add_lanes(l1, to.l1 + i, to.l1_lost + i);
+    add_at(square, to.squares + i, to.squares_lost + i);
+    add_at(l1, to.l1 + i, to.l1_lost + i);
   }
   for (; i < rows; ++i)
     for (int c = 0; c < Columns; ++c) add_entry<S, T>(x + c * step + i, at(to, i));

@@ -12,8 +12,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 import teleport_fast as tf
+from teleport_fast.experiments.joints import Watched
 from teleport_fast.experiments.muon import muon
 from teleport_fast.objectives import OBJECTIVES as MAKERS
+from teleport_fast.optimizer import attach_as
 from teleport_fast.state import SECOND_MOMENTS
 
 
@@ -239,4 +241,4 @@ def attach(arm: Arm, optimizer: Optimizer, model: nn.Module, example: torch.Tens
     options: dict[str, Any] = {"radius": arm.radius, "direction": arm.direction, "second_moments": policy, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
     objective = MAKERS[arm.objective](**settings)
-    return tf.attach(optimizer, symmetries, objective=objective, schedule=tf.Every(arm.every), **given)
+    return attach_as(Watched, optimizer, symmetries, objective=objective, schedule=tf.Every(arm.every), **given)

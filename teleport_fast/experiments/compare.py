@@ -68,9 +68,10 @@ class Comparison:
 
 
 def jobs(entries: Sequence[Entry]) -> list[tuple[Entry, int]]:
-    """Every (entry, seed), seed by seed, so that whatever an early end leaves is paired."""
+    """Every (entry, seed), seed by seed, so that whatever an early end leaves is paired; last, arms with fewer seeds."""
     seeds = sorted({seed for entry in entries for seed in entry.seeds})
-    return [(entry, seed) for seed in seeds for entry in entries if seed in entry.seeds]
+    pairs = [(entry, seed) for seed in seeds for entry in entries if seed in entry.seeds]
+    return sorted(pairs, key=lambda pair: len(pair[0].seeds) < len(seeds))
 
 
 def compare(

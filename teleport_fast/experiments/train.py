@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 import teleport_fast as tf
 from teleport_fast.experiments.arms import Arm, attach, make_optimizer
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.experiments.joints import joint_rows
 from teleport_fast.experiments.text import Text, sample
+from teleport_fast.record import TeleportRecord
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 # Relative deviation of the logits across a move that still counts as rounding.
@@ -50,7 +52,10 @@ class Setting:
 
 @dataclass
 class Run:
-    """What one run measured; lists hold one entry per step, `validation` pairs (steps done, loss)."""
+    """What one run measured; lists hold one entry per step, `validation` pairs (steps done, loss).
+
+    `history` is the teleporter's (objective before and after, radius, seconds), `joints` the rows of `joint_rows`.
+    """
 
     arm: str
     rate: float
@@ -61,6 +66,8 @@ class Run:
     gradient_norms: list[float] = field(default_factory=list)
     teleports: list[int] = field(default_factory=list)
     deviations: list[float] = field(default_factory=list)
+    history: list[TeleportRecord] = field(default_factory=list)
+    joints: list[dict[str, Any]] = field(default_factory=list)
     step_ms: float = math.nan
     optimizer_ms: float = math.nan
     tokens_per_second: float = math.nan
@@ -183,7 +190,11 @@ def train(
         if teleporter is not None:
             check.watch(teleporter)
         run.deviations = check.deviations
-        _steps(run, model, optimizer, check, setting, text, on_step)
+        try:
+            _steps(run, model, optimizer, check, setting, text, on_step)
+        finally:
+            run.history = [] if teleporter is None else teleporter.history
+            run.joints = joint_rows(model, optimizer, teleporter)
     except KeyboardInterrupt:
         run.interrupted = True
     run.seconds = time.perf_counter() - begun

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
-from teleport_fast.objectives.dual_norm import diagonal_powers, grams, mixed_powers, row_sums
+from teleport_fast.objectives.dual_norm import diagonal_powers, mixed_powers
 from teleport_fast.search import diagonal_extremum, geodesic_descent, trust_region_ascent
 from teleport_fast.symmetry.bucket import Bucket, Element
 from teleport_fast.symmetry.joint import Joint
@@ -36,14 +37,16 @@ class Balance(Objective):
             return "a gain stored with a shift: the action does not scale the stored numbers"
         return mixed_powers(joint)
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
-        plus, minus, joints = bucket.plus(move.parameters), bucket.minus(move.parameters), len(bucket.joints)
+    def reads(self, bucket: Bucket, descend: bool) -> tuple[tuple[str, str], ...]:
+        return (("squares" if bucket.group.form == "diagonal" else "grams", "parameters"),)
+
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         if bucket.group.form == "diagonal":
             k_plus, k_minus = diagonal_powers(bucket)
-            b, a = (sums[0] for sums in row_sums(plus, minus, joints))
+            b, a = sums
             t = diagonal_extremum(a, 2 * k_minus, b, 2 * k_plus, move.radius, move.descend)
             return Element("diagonal", t.exp()), t.abs().amax()
-        weight_plus, weight_minus = grams(plus, minus, joints)
+        weight_plus, weight_minus = sums
         if move.descend:
             return geodesic_descent(bucket.group, weight_minus, weight_plus, move.radius, move.max_condition)
         return trust_region_ascent(bucket.group, weight_minus, weight_plus, move.radius)

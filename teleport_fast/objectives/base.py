@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from teleport_fast.objectives.sums import SUMS
 from teleport_fast.schedule import Every, Schedule
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
@@ -35,10 +36,12 @@ class Objective(ABC):
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
-    or "parameters"; `reads_tensors` says whether `element` reads values of what moves.
+    or "parameters"; `adds` says that `value` is a sum over their entries, `reads_tensors` whether `element` reads values of what
+    moves. An objective that overrides `reads` and `decide` works where tensors lie on many ranks too; one that overrides `element`
+    sees whole tensors, and is refused there.
 
-    A move that fails before it has written anything leaves the objective's memory as it was: `element` replaces the tensors
-    that it remembers, and never writes into them.
+    A move that fails before it has written anything leaves the objective's memory as it was: `element` and `decide` replace the
+    tensors that they remember, and never write into them.
     """
 
     name = "objective"
@@ -48,6 +51,7 @@ class Objective(ABC):
     frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
     reads_tensors = True
+    adds = True
 
     def default_radius(self, direction: str) -> float:
         """Searches without an optimum are bounded by 0.5: a condition number of g of at most e."""
@@ -64,13 +68,36 @@ class Objective(ABC):
     def unusable(self, joint: Joint) -> str | None:
         """Why this joint cannot serve, or None."""
 
+    def needs_whole(self, joint: Joint) -> str | None:
+        """Why this joint cannot serve where its tensors lie on many ranks, or None."""
+        if type(self).decide is Objective.decide:
+            return f"{type(self).__name__} decides from whole tensors; override reads and decide instead of element"
+        return None
+
     def observe(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
         """Called at every optimizer step with the gradients of bucket number `index`."""
         return None
 
-    @abstractmethod
+    def reads(self, bucket: Bucket, descend: bool) -> tuple[tuple[str, str], ...]:
+        """What `decide` needs of this bucket: (a name in SUMS, "gradients" or "parameters") each."""
+        return ()
+
+    def decide(
+        self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move
+    ) -> tuple[Element | Split, Tensor] | None:
+        """The element for bucket `index`, from the sums that it reads, and the largest factor length it uses (0-d).
+
+        None: this bucket stays. Of `move`'s tensors only names, dtypes and devices may be looked at: the sums stand for them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override decide (and reads), or element")
+
     def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element | Split, Tensor] | None:
-        """The element for bucket `index` and the largest factor length it uses (0-d); None: this bucket stays."""
+        """`decide` on the sums of whole tensors."""
+        sums: list[Tensor] = []
+        for name, source in self.reads(bucket, move.descend):
+            tensors = move.gradients if source == "gradients" else move.parameters
+            sums += SUMS[name][2](bucket.plus(tensors), bucket.minus(tensors), len(bucket.joints))
+        return self.decide(index, bucket, sums, move)
 
     @abstractmethod
     def value(self, move: Move) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
-from teleport_fast.ops.gram_difference import gram_difference
-from teleport_fast.ops.square_sums import square_sums
 from teleport_fast.search import (
     diagonal_extremum,
     exponential,
@@ -18,26 +18,6 @@ from teleport_fast.search import (
 from teleport_fast.symmetry.bucket import Bucket, Element
 from teleport_fast.symmetry.groups import DenseGroup
 from teleport_fast.symmetry.joint import Joint
-
-
-def grams(plus: list[Tensor], minus: list[Tensor], joints: int) -> tuple[Tensor, Tensor]:
-    """S₊ and S₋ of a bucket, (joints·heads, h, h) each: the two halves of `gram_difference`."""
-    if not plus:
-        gram_minus = gram_difference([], minus, joints)[0]
-        return torch.zeros_like(gram_minus), gram_minus
-    gram_plus = -gram_difference(plus, [], joints)[0]
-    return gram_plus, gram_difference([], minus, joints)[0] if minus else torch.zeros_like(gram_plus)
-
-
-def row_sums(
-    plus: list[Tensor], minus: list[Tensor], joints: int
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`square_sums` of both sides, each (squares, l1) of (joints·heads, h); a side without tensors has zeros."""
-    if not plus:
-        below = square_sums(minus, joints)
-        return (torch.zeros_like(below[0]), torch.zeros_like(below[1])), below
-    above = square_sums(plus, joints)
-    return above, square_sums(minus, joints) if minus else (torch.zeros_like(above[0]), torch.zeros_like(above[1]))
 
 
 def mixed_powers(joint: Joint) -> str | None:
@@ -72,19 +52,22 @@ class GradNorm(Objective):
             return f"{joint.group} leaves the gradient norm as it is"
         return mixed_powers(joint)
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
-        plus, minus, joints = bucket.plus(move.gradients), bucket.minus(move.gradients), len(bucket.joints)
+    def reads(self, bucket: Bucket, descend: bool) -> tuple[tuple[str, str], ...]:
+        if bucket.group.form == "diagonal":
+            return (("squares", "gradients"),)
+        return (("grams" if descend or self.steps > 1 else "difference", "gradients"),)
+
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         if bucket.group.form == "diagonal":
             k_plus, k_minus = diagonal_powers(bucket)
-            a, b = (sums[0] for sums in row_sums(plus, minus, joints))
+            a, b = sums
             t = diagonal_extremum(a, 2 * k_plus, b, 2 * k_minus, move.radius, move.descend)
             return Element("diagonal", t.exp()), t.abs().amax()
         if move.descend:
-            return geodesic_descent(bucket.group, *grams(plus, minus, joints), move.radius, move.max_condition)
+            return geodesic_descent(bucket.group, *sums, move.radius, move.max_condition)
         if self.steps > 1:
-            return trust_region_ascent(bucket.group, *grams(plus, minus, joints), move.radius, self.steps)
-        lie_gradient, _ = gram_difference(plus, minus, joints)
-        algebra = lie_step(bucket.group, lie_gradient, move.radius)
+            return trust_region_ascent(bucket.group, *sums, move.radius, self.steps)
+        algebra = lie_step(bucket.group, sums[0], move.radius)
         assert isinstance(bucket.group, DenseGroup)
         return exponential(algebra), bucket.group.factor_norm(algebra)
 
@@ -97,7 +80,8 @@ class GradL1(Objective):
     """J = ‖∇L‖₁, the dual norm of sign-like optimizers and, roughly, of Adam; rotations matter to it.
 
     Diagonals in closed form. Dense groups: the longest of `trials` halvings of the radius that improves, along the
-    Lie-algebra gradient sign(G₋)G₋ᵀ − G₊sign(G₊)ᵀ; a head where none improves stays where it is.
+    Lie-algebra gradient sign(G₋)G₋ᵀ − G₊sign(G₊)ᵀ; a head where none improves stays where it is. The trials read whole
+    tensors: where they lie on many ranks, dense joints are refused.
     """
 
     name = "grad_l1"
@@ -107,6 +91,9 @@ class GradL1(Objective):
             raise ValueError(f"trials must be at least 1, got {trials}; 4 is the default")
         self.trials = trials
 
+    def needs_whole(self, joint: Joint) -> str | None:
+        return "its line search reads whole tensors" if joint.group.form == "dense" else None
+
     def unusable(self, joint: Joint) -> str | None:
         if joint.group.form != "dense" and not joint.group.holds_stretches:
             return f"a {'permutation' if joint.group.form == 'permutation' else 'sign'} leaves the l1 norm as it is"
@@ -114,13 +101,19 @@ class GradL1(Objective):
             return "the line search needs tensors on both sides of the joint"
         return mixed_powers(joint)
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def reads(self, bucket: Bucket, descend: bool) -> tuple[tuple[str, str], ...]:
+        return (("l1", "gradients"),) if bucket.group.form == "diagonal" else ()
+
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
+        if bucket.group.form != "diagonal":
+            return self._search(bucket, move)
+        k_plus, k_minus = diagonal_powers(bucket)
+        alpha, beta = sums
+        t = diagonal_extremum(alpha, k_plus, beta, k_minus, move.radius, move.descend)
+        return Element("diagonal", t.exp()), t.abs().amax()
+
+    def _search(self, bucket: Bucket, move: Move) -> tuple[Element, Tensor]:
         plus, minus, joints = bucket.plus(move.gradients), bucket.minus(move.gradients), len(bucket.joints)
-        if bucket.group.form == "diagonal":
-            k_plus, k_minus = diagonal_powers(bucket)
-            alpha, beta = (sums[1] for sums in row_sums(plus, minus, joints))
-            t = diagonal_extremum(alpha, k_plus, beta, k_minus, move.radius, move.descend)
-            return Element("diagonal", t.exp()), t.abs().amax()
         assert isinstance(bucket.group, DenseGroup)
         wide_plus, wide_minus = _side_by_side(plus, joints), _side_by_side(minus, joints)
         lie_gradient = wide_minus.sign() @ wide_minus.mT - wide_plus @ wide_plus.sign().mT

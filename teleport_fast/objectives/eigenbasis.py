@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
 from teleport_fast.ops.covariance import NORMALISE, covariance_
-from teleport_fast.symmetry.bucket import Bucket, Element
+from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.groups import DenseGroup
 from teleport_fast.symmetry.joint import Joint
 
 TAKES = ("steps", "turns")
+# columns of a gradient that are worth a part of their own
+LEAST_PART = 32
 
 
 class Eigenbasis(Objective):
@@ -26,21 +28,22 @@ class Eigenbasis(Objective):
 
     decay: β, per gradient that is taken up. normalise: what G Gᵀ is divided by: the "tensor"'s own ‖G‖², that of all
     tensors of the "joint", or "none". takes: gradients of all "steps", or of the "turns" alone, which costs C's share of
-    a step only there. parts: every gradient that is taken up gives one of so many parts of its columns, the next one the
-    next part, at a `parts`-th of the cost. iterations: steps of the orthogonal iteration in one refresh.
+    a step only there. parts: every gradient that is taken up gives one of so many parts of its columns (of 32 at least), the
+    next one the next part, at a `parts`-th of the cost. iterations: steps of the orthogonal iteration in one refresh.
     Errors: ValueError for a value out of range. Source: own derivation, checked by tests/objectives/test_eigenbasis.py.
     """
 
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    adds = False
 
     def __init__(
         self,
         decay: float = 0.95,
         normalise: str = "tensor",
         takes: str = "steps",
-        parts: int = 1,
+        parts: int = 4,
         iterations: int = 1,
     ) -> None:
         if not 0 <= decay < 1:
@@ -50,9 +53,9 @@ class Eigenbasis(Objective):
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}, got {value!r}; {allowed[0]!r} is the default"
                 )
-        for name, count in (("parts", parts), ("iterations", iterations)):
+        for name, count, usual in (("parts", parts, 4), ("iterations", iterations, 1)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}; 1 is the default")
+                raise ValueError(f"{name} must be an integer of at least 1, got {count!r}; {usual} is the default")
         self.decay, self.normalise, self.takes = decay, normalise, takes
         self.parts, self.iterations = parts, iterations
         self.reads_tensors = takes == "turns"
@@ -91,11 +94,22 @@ class Eigenbasis(Objective):
         for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
             covariance_(rows, tensors, self.decay, 1, self.normalise)
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def needs_whole(self, joint: Joint) -> str | None:
+        return "the parts of its columns would be others on every rank; pass parts=1" if self.parts > 1 else None
+
+    def take_in(self, index: int, mean: Tensor) -> None:
+        """C ← β C + (1 − β) `mean` of bucket `index`, (joints·heads, h, h): Σ G Gᵀ/‖G‖² that was summed elsewhere."""
+        covariance = self.covariances.setdefault(index, torch.zeros_like(mean))
+        covariance.mul_(self.decay).add_(mean, alpha=1 - self.decay)
+
+    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element | Split, Tensor] | None:
         if self.takes == "turns":
             if index in self.covariances:
                 self.covariances[index] = self.covariances[index].clone()
             self._take_up(index, bucket, move.gradients)
+        return self.decide(index, bucket, (), move)
+
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         covariance = self.covariances.get(index)
         if covariance is None:
             return None
@@ -141,7 +155,7 @@ class RandomRotation(Objective):
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         like = move.parameters[bucket.joints[0].parameters()[0]]
         shape = (len(bucket.joints) * bucket.heads, bucket.width, bucket.width)
         noise = torch.randn(shape, generator=move.generator, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -155,11 +169,19 @@ class RandomRotation(Objective):
 
 
 def _part(view: Tensor, part: int, parts: int) -> Tensor:
-    """One of so many parts of a view's columns (heads, h, outer, inner); whole where there are fewer columns."""
+    """One of so many parts of a view's columns (heads, h, outer, inner), of fewer where they would be too narrow.
+
+    Columns that lie apart are dealt out in turn: neighbours in a vocabulary are alike, and a part of rare ones would count as
+    much as one of common ones. Columns that lie side by side in memory are cut into runs.
+    """
     axis = 3 if view.shape[3] >= view.shape[2] else 2
     columns = view.shape[axis]
-    if parts == 1 or columns < parts:
+    parts = min(parts, columns // LEAST_PART)
+    if parts < 2:
         return view
+    part %= parts
+    if view.stride(axis) != 1:
+        return view[:, :, :, part::parts] if axis == 3 else view[:, :, part::parts]
     start, end = columns * part // parts, columns * (part + 1) // parts
     return view.narrow(axis, start, end - start)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Fixed(Objective):
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.name in self.elements else "no element was given for this joint"
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         like = move.parameters[bucket.joints[0].parameters()[0]]
         checked = [joint.group.check(self.elements[joint.name], joint.heads, joint.name) for joint in bucket.joints]
         g = torch.cat(checked).to(like.device)

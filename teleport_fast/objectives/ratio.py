@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Ratio(Objective):
             return f"{joint.group} holds no scale"
         return None if joint.plus and joint.minus else "a ratio needs tensors on both sides of the joint"
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element, Tensor] | None:
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Element, Tensor] | None:
         if index in self._moved:
             return None
         self._moved.add(index)

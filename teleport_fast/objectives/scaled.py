@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from teleport_fast.objectives.base import Move, Objective
-from teleport_fast.objectives.dual_norm import grams
 from teleport_fast.schedule import Schedule, When
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.groups import DenseGroup, GeneralLinear
@@ -52,10 +53,12 @@ class Scaled(Objective):
             return f"{joint.group} holds no dense stretches"
         return None if joint.plus and joint.minus else "the preconditioner of each side is the other, and one is empty"
 
-    def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Split, Tensor] | None:
-        joints, dtype = len(bucket.joints), move.parameters[bucket.joints[0].parameters()[0]].dtype
-        weight_plus, weight_minus = grams(bucket.plus(move.parameters), bucket.minus(move.parameters), joints)
-        grad_plus, grad_minus = grams(bucket.plus(move.gradients), bucket.minus(move.gradients), joints)
+    def reads(self, bucket: Bucket, descend: bool) -> tuple[tuple[str, str], ...]:
+        return ("grams", "parameters"), ("grams", "gradients")
+
+    def decide(self, index: int, bucket: Bucket, sums: Sequence[Tensor], move: Move) -> tuple[Split, Tensor] | None:
+        dtype = move.parameters[bucket.joints[0].parameters()[0]].dtype
+        weight_plus, weight_minus, grad_plus, grad_minus = sums
         up = self._frame(f"{index}+", bucket.group, weight_minus.double(), grad_plus.double())
         down = self._frame(f"{index}-", bucket.group, weight_plus.double(), grad_minus.double())
         up_t, down_t = torch.linalg.inv(up).mT, torch.linalg.inv(down).mT

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from teleport_fast.gradients import clipping
 from teleport_fast.objectives import Objective
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
@@ -22,7 +21,7 @@ from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.symmetry.view import View
 from teleport_fast.teleporter import Teleporter, TeleportRecord
-from teleport_fast.writes import Write
+from teleport_fast.writes import Write, Writes
 
 Numbers = tuple[int, float, tuple[float, float], float, float]
 
@@ -109,7 +108,7 @@ class DeferringTeleporter(Teleporter):
 
     def _clipping(self, everything: dict[str, Tensor]) -> list[Write]:
         """By the norm of the moved copies, since the step moves what is left to it by the same factors."""
-        return clipping(self.plan.gradients(self.optimizer).values(), everything, self.max_norm)
+        return self.plan.place.clipping(self.plan.gradients(self.optimizer).values(), everything, self.max_norm)
 
 
 class AdamW(torch.optim.AdamW):
@@ -196,7 +195,7 @@ class AdamW(torch.optim.AdamW):
             for key in {numbers[name]: None for name in sorted(names)}:
                 chosen = {name for name in names if numbers[name] == key}
                 writes += self._steps(_views(bucket, chosen), len(bucket.joints), element.g, parameters, key)
-        self.teleporter._commit(writes)
+        self.teleporter._commit(Writes(writes))
         return {parameters[name] for name in numbers}
 
     def _steps(

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from teleport_fast.distributed.gradient import gradient_part
+from teleport_fast.distributed.layout import local_part
+
 
 def begin(parameter: Tensor, state: dict[str, Any]) -> None:
     """torch's state of AdamW, where there is none yet."""
@@ -20,17 +23,20 @@ def begin(parameter: Tensor, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def plain_adamw_(parameters: Sequence[Tensor], states: Mapping[Tensor, dict[str, Any]], group: dict[str, Any]) -> None:
-    """One step of torch.optim.AdamW of parameters that have gradients, with the group's lr, betas, eps, weight_decay."""
+    """One step of torch.optim.AdamW of parameters that have gradients, with the group's lr, betas, eps, weight_decay.
+
+    Of a parameter that is sharded each rank steps what it holds.
+    """
     if not parameters:
         return
     for parameter in parameters:
         begin(parameter, states[parameter])
     first, second, steps = ([states[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step"))
     adamw(
-        [*parameters],
-        [p.grad for p in parameters if p.grad is not None],
-        first,
-        second,
+        [*map(local_part, parameters)],
+        [gradient_part(p) for p in parameters if p.grad is not None],
+        [*map(local_part, first)],
+        [*map(local_part, second)],
         [],
         steps,
         has_complex=any(map(torch.is_complex, parameters)),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teleport_fast.distributed.layout import local_part
 from teleport_fast.flag import Flag
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.ops.covariance import NORMALISE, covariance_
@@ -16,7 +17,10 @@ from teleport_fast.ops.group_action import group_action_
 from teleport_fast.ops.orthogonal_iteration import orthogonal_iteration_
 from teleport_fast.optim.assigned import Owner
 from teleport_fast.optim.bases import next_basis
+from teleport_fast.optim.sharded import turn_
 from teleport_fast.optim.sides import Side
+from teleport_fast.optim.summed import Due, Held, normalised_grams
+from teleport_fast.optim.views import part_of, view_of
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.writes import Write, Writes, signals_held
 
@@ -24,38 +28,9 @@ AXES = ("rows", "columns")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Devices where Householder's QR is no slower than the Cholesky factor's.
 HOUSEHOLDER = ("cpu",)
-# Fewest columns of a gradient that a covariance takes up, and what their bounds are multiples of.
-LEAST_PART, PART_STEP = 32, 16
 State = Mapping[Tensor, dict[str, Any]]
 Members = dict[Owner, list[tuple[Owner, Side]]]
 Groups = list[dict[str, Any]]
-
-
-def view_of(tensor: Tensor, axis: int, heads: int) -> Tensor:
-    """The (heads, width, rest) alias of a matrix whose `axis` is heads × width.
-
-    >>> view_of(torch.ones(6, 4), 0, 2).shape, view_of(torch.ones(6, 4), 1, 1).shape
-    (torch.Size([2, 3, 4]), torch.Size([1, 4, 6]))
-    """
-    # one call: an mT and an unflatten take three times as long, and a step makes hundreds of views
-    step, inner = tensor.stride(axis), tensor.stride(1 - axis)
-    width = tensor.shape[axis] // heads
-    return tensor.as_strided((heads, width, tensor.shape[1 - axis]), (width * step, step, inner))
-
-
-def part_of(view: Tensor, parts: int, turn: int) -> Tensor:
-    """Columns of a (heads, h, n) view, number `turn` of `parts` in turn; of fewer parts where they would be too narrow.
-
-    >>> part_of(torch.ones(1, 8, 128), 3, 4).shape, part_of(torch.ones(1, 8, 40), 3, 4).shape
-    (torch.Size([1, 8, 48]), torch.Size([1, 8, 40]))
-    """
-    n = view.shape[2]
-    parts = min(parts, n // LEAST_PART)
-    if parts < 2:
-        return view
-    part = turn % parts
-    first, end = (n * at // parts // PART_STEP * PART_STEP if at < parts else n for at in (part, part + 1))
-    return view[:, :, first:end]
 
 
 class Refresh:
@@ -109,7 +84,7 @@ class Refresh:
         """Drop what belongs to a state that is gone."""
         self._pending = {}
 
-    def step_(self, groups: Groups, state: State, members: Members, everyone: Members) -> None:
+    def step_(self, groups: Groups, state: State, members: Members, everyone: Members, held: Held) -> None:
         """Take up the gradients of `members` (sides by owner), and turn the bases that are due.
 
         `everyone` are all sides of each basis: first moments of parameters without a gradient in this step turn along.
@@ -117,37 +92,50 @@ class Refresh:
         due: dict[tuple[Any, ...], list[Owner]] = {}
         moments: dict[Owner, list[Tensor]] = {}
         squares: dict[Owner, list[Tensor]] = {}
+        turns: dict[Owner, Tensor] = {}
         projects = self.second_moments == "project"
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
             if f"{axis}_basis" not in state[holder]:
                 _begin(state[holder], axis, sides[0][1], holder.device, self.dtype_for(holder))
         count_up_([state[groups[g]["params"][i]][f"{AXES[axis]}_age"] for g, i, axis in members])
+        summed = self._summed(groups, state, members, held)
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
-            views = [view_of(groups[g]["params"][i].grad, a, side.heads) for (g, i, a), side in sides]
             entry = state[holder]
             age = int(entry[f"{axis}_age"])
-            views = [part_of(view, self.covariance_parts, age - 1) for view in views]
-            dtype = accumulation_dtype(holder.dtype)
-            _observe_(entry[f"{axis}_covariance"], views, self.decay, dtype, self.normalise)
+            if owner in summed:
+                wide = entry[f"{axis}_covariance"].to(summed[owner].dtype)
+                wide.mul_(self.decay).add_(summed[owner], alpha=1 - self.decay)
+                entry[f"{axis}_covariance"].copy_(wide)
+            else:
+                views = [view_of(held.home[g, i], a, side.heads) for (g, i, a), side in sides]
+                views = [part_of(view, self.covariance_parts, age - 1) for view in views]
+                dtype = accumulation_dtype(holder.dtype)
+                _observe_(entry[f"{axis}_covariance"], views, self.decay, dtype, self.normalise)
             period = self.hidden_every if sides[0][1].kind == "hidden" else self.every
             if age % period == 0:
                 basis = entry[f"{axis}_basis"]
                 # a first basis is cold, and its images are far from orthogonal
                 cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
-                moments[owner] = _views("exp_avg", groups, state, everyone[owner])
+                whole = [entry for entry in everyone[owner] if held.placings.get(entry[0][:2]) is None]
+                moments[owner] = _views("exp_avg", groups, state, whole)
                 # by default second moments stay, and nobody needs their views
-                squares[owner] = _views("exp_avg_sq", groups, state, everyone[owner]) if projects else []
+                squares[owner] = _views("exp_avg_sq", groups, state, whole) if projects else []
                 key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]), len(squares[owner]))
                 due.setdefault(key, []).append(owner)
         for (shape, dtype, _, by_householder, _, _), owners in due.items():
             turning = [view for owner in owners for view in moments[owner]]
             turn = self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
-            if projects:
-                group_action_(
-                    [view for owner in owners for view in squares[owner]], [], turn.square(), joints=len(owners)
-                )
+            turns.update(zip(owners, turn.split(shape[0]), strict=True))
+            projected = [view for owner in owners for view in squares[owner]]
+            if projected:
+                group_action_(projected, [], turn.square(), joints=len(owners))
+        sharded = {owner: [e for e in everyone[owner] if held.placings.get(e[0][:2])] for owner in turns}
+        _turn_sharded_("exp_avg", groups, state, sharded, held, turns)
+        if projects:
+            squared = {owner: turn.square() for owner, turn in turns.items()}
+            _turn_sharded_("exp_avg_sq", groups, state, sharded, held, squared)
         if self.second_moments == "reset":
             for owner in moments:
                 for g, i, _ in (place for place, _ in everyone[owner]):
@@ -184,10 +172,23 @@ class Refresh:
             found.append(after @ before.mT)
             pairs = zip(bases, after.split(heads), strict=True)
             writes = [partial(basis.copy_, to) for basis, to in pairs]
-        writes.append(lambda: group_action_(moments, [], found[0], joints=len(owners)))
+        if moments:
+            writes.append(lambda: group_action_(moments, [], found[0], joints=len(owners)))
         with signals_held():
             Writes(writes).finish()
         return found[0]
+
+    def _summed(self, groups: Groups, state: State, members: Members, held: Held) -> dict[Owner, Tensor]:
+        """The covariances' next summands of bases with a matrix that is sharded."""
+        due: dict[Owner, Due] = {}
+        for owner, sides in members.items():
+            if any(held.placings.get(place[:2]) for place, _ in sides):
+                holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
+                covariance, age = (state[holder][f"{axis}_{key}"] for key in ("covariance", "age"))
+                kept = covariance.dtype in (torch.float32, torch.float64)
+                dtype = covariance.dtype if kept else accumulation_dtype(holder.dtype)
+                due[owner] = Due(sides, dtype, int(age) - 1)
+        return normalised_grams(due, held, self.covariance_parts, self.normalise)
 
     def _send(self, owner: Owner, entry: dict[str, Any], axis: str, ill: Tensor) -> None:
         """Keep the flag, and let it travel: the next refresh finds it on the host without waiting."""
@@ -222,6 +223,20 @@ def _views(key: str, groups: Groups, state: State, sides: list[tuple[Owner, Side
         for (g, i, a), side in sides
         if key in state.get(parameter := groups[g]["params"][i], {})
     ]
+
+
+def _turn_sharded_(
+    key: str, groups: Groups, state: State, sharded: Members, held: Held, turns: dict[Owner, Tensor]
+) -> None:
+    """Turn this state of sharded parameters along every side whose basis turned; rows before columns, as they share entries."""
+    for axis in (0, 1):
+        entries = []
+        for owner, sides in sharded.items():
+            for (g, i, a), side in sides:
+                value, placing = state.get(groups[g]["params"][i], {}).get(key), held.placings[g, i]
+                if a == axis and value is not None and placing is not None:
+                    entries.append((local_part(value), placing, axis, side, turns[owner]))
+        turn_(entries)
 
 
 def _observe_(covariance: Tensor, views: list[Tensor], decay: float, dtype: torch.dtype, normalise: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,13 +12,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from teleport_fast.called import full_precision
+from teleport_fast.distributed.gradient import gradient_part, laid_out
+from teleport_fast.distributed.layout import Layout, layout_of, local_part
+from teleport_fast.distributed.verdict import anywhere, meshes_of
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
 from teleport_fast.optim.plain_adamw import plain_adamw_
-from teleport_fast.optim.refresh import AXES, Refresh, count_up_, view_of
+from teleport_fast.optim.refresh import AXES, Refresh, count_up_
+from teleport_fast.optim.sharded import Placing, Placings, moment_like
+from teleport_fast.optim.sharded_step import Task, Work, bring_home_, works_of
 from teleport_fast.optim.sides import Known, Rules
+from teleport_fast.optim.summed import Held
 from teleport_fast.optim.table import Line, Memory, memory_of, render
 from teleport_fast.optim.turned_step import BASES, step_bucket_
+from teleport_fast.optim.views import view_of
 from teleport_fast.symmetry.symmetries import Symmetries
 
 COUNTERS = ("step", "rows_age", "columns_age")
@@ -90,6 +98,7 @@ class Rotated(Optimizer):
         self._refresh = Refresh(every, hidden_every, covariance_parts, decay, basis_dtype, normalise, second_moments)
         rules = Rules(stream, heads, hidden, max_side, dict(sides or {}))
         self._assigned = Assigned(rules, Known.of(symmetries), symmetries)
+        self._placings = Placings()
         self.skip_nonfinite = skip_nonfinite
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "base": base, "match_rms": match_rms, "rotate": True})
@@ -122,7 +131,12 @@ class Rotated(Optimizer):
                 assignment, owned = self._assigned.of(g, i), self._assigned.owned(g, i)
                 moments = 2 if group["base"] == "adam" or not assignment.turned else 1
                 dtype = self._refresh.dtype_for(parameter)
-                lines.append(Line(assignment, parameter.dtype, dtype, moments, sum(side.entries for side in owned)))
+                placing = self._placings.of(assignment, parameter, group["base"], group["match_rms"])
+                part = local_part(parameter).numel()
+                held = part if placing is None else math.prod(placing.work.local_shape)
+                note = "" if placing is None else placing.note
+                owned_entries = sum(side.entries for side in owned)
+                lines.append(Line(assignment, parameter.dtype, dtype, moments, owned_entries, part, held, note))
         return lines
 
     @torch.no_grad()
@@ -149,85 +163,98 @@ class Rotated(Optimizer):
         if self.skip_nonfinite and not self._all_finite(places):
             return loss
         turned = [place for place in places if self._assigned.of(*place).turned]
+        placings = self._all_placings()
         for g, i in turned:
-            self._begin(self.param_groups[g]["params"][i], self.param_groups[g]["base"])
+            self._begin(self.param_groups[g]["params"][i], self.param_groups[g]["base"], placings.get((g, i)))
         with full_precision({self.param_groups[g]["params"][i].device.type for g, i in places}):
-            self._refresh.step_(self.param_groups, self.state, self._assigned.members(turned), self._assigned.everyone())
-            self._step_turned(turned)
+            held = Held(self.param_groups, turned, placings)
+            members, everyone = self._assigned.members(turned), self._assigned.everyone()
+            self._refresh.step_(self.param_groups, self.state, members, everyone, held)
+            self._step_turned(turned, held)
             self._step_rest([place for place in places if not self._assigned.of(*place).turned])
         return loss
 
     def _all_finite(self, places: list[Place]) -> bool:
-        found = {place: self.param_groups[place[0]]["params"][place[1]].grad for place in places}
+        """Whether all gradients are finite on all ranks, the same answer on each."""
+        found = {place: gradient_part(self.param_groups[place[0]]["params"][place[1]]) for place in places}
         if not found:
             return True
+        meshes = meshes_of(p for group in self.param_groups for p in group["params"])
         device = next(iter(found.values())).device
         # a sum is not finite where an entry is not, and costs a third of a norm; it may also overflow
         real = [torch.view_as_real(g) if g.is_complex() else g for g in found.values()]
         sums = [gradient.sum(dtype=accumulation_dtype(gradient.dtype)).to(device) for gradient in real]
-        if bool(torch.stack(sums).isfinite().all()):
+        if not anywhere(~torch.stack(sums).isfinite().all(), meshes):
             return True
         bad = next((place for place, gradient in found.items() if not bool(gradient.isfinite().all())), None)
-        if bad is None:
+        if not anywhere(torch.tensor(bad is not None, device=device), meshes):
             return True
-        name = self._assigned.of(*bad).name
+        name = "a matrix that lies on another rank" if bad is None else repr(self._assigned.of(*bad).name)
         warnings.warn(
-            f"teleport_fast: gradient of {name!r} is not finite: this optimizer step is skipped",
+            f"teleport_fast: gradient of {name} is not finite: this optimizer step is skipped",
             RuntimeWarning,
             stacklevel=4,
         )
         return False
 
-    def _begin(self, parameter: Tensor, base: str) -> None:
+    def _all_placings(self) -> dict[Place, Placing]:
+        """Where matrices that are sharded are stepped."""
+        found = {
+            (g, i): self._placings.of(self._assigned.of(g, i), parameter, group["base"], group["match_rms"])
+            for g, group in enumerate(self.param_groups)
+            for i, parameter in enumerate(group["params"])
+        }
+        return {place: placing for place, placing in found.items() if placing is not None}
+
+    def _begin(self, parameter: Tensor, base: str, placing: Placing | None) -> None:
         state = self.state[parameter]
         if "exp_avg" not in state:
             dtype = accumulation_dtype(parameter.dtype)
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg"] = moment_like(parameter, placing, dtype)
             if base == "adam":
-                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+                state["exp_avg_sq"] = moment_like(parameter, placing, dtype)
 
-    def _step_turned(self, places: list[Place]) -> None:
-        buckets: dict[tuple[Any, ...], list[tuple[Tensor, int, int, list[Tensor | None]]]] = {}
+    def _step_turned(self, places: list[Place], held: Held) -> None:
+        buckets: dict[tuple[Any, ...], list[tuple[Work, dict[str, Any], int, int]]] = {}
         count_up_([self.state[self.param_groups[g]["params"][i]]["step"] for g, i in places])
-        for g, i in places:
-            group, parameter, sides = (
-                self.param_groups[g],
-                self.param_groups[g]["params"][i],
-                self._assigned.of(g, i).sides,
-            )
-            assert sides is not None
-            state = self.state[parameter]
-            bases = [self._refresh.basis(self.param_groups, self.state, self._assigned.owner(g, i, a)) for a in (0, 1)]
+        tasks = [self._task(place, held) for place in places]
+        works = works_of(tasks, held)
+        rates = []
+        for task, work in zip(tasks, works, strict=True):
+            group, state = self.param_groups[task.place[0]], self.state[task.parameter]
+            rates.append((float(group["lr"]), group["weight_decay"]))
+            if not work.parameter.numel():
+                continue
             # the side with more heads goes to the left, which takes them in one view
-            left = 1 if sides[1].heads > sides[0].heads else 0
+            left = 1 if work.heads[1] > work.heads[0] else 0
             numbers = (
                 float(state["step"]),
                 float(group["lr"]),
                 tuple(group["betas"]),
                 group["eps"],
-                group["weight_decay"],
+                group["weight_decay"] if task.placing is None or task.placing.stays else 0.0,
                 bool(group["nesterov"]),
             )
-            shape = tuple(view_of(parameter, left, sides[left].heads).shape)
-            blocks = (basis is not None and len(basis) for basis in bases)
+            shape = tuple(view_of(work.parameter, left, work.heads[left]).shape)
+            blocks = (basis is not None and len(basis) for basis in work.bases)
+            parameter = work.parameter
             key = (shape, *blocks, parameter.dtype, parameter.device, group["base"], group["match_rms"], numbers)
-            buckets.setdefault(key, []).append((parameter, left, sides[left].heads, bases))
+            buckets.setdefault(key, []).append((work, state, left, work.heads[left]))
         for (*_, base, match_rms, numbers), run in buckets.items():
             step, lr, betas, eps, weight_decay, nesterov = numbers
-            states = [self.state[p] for p, *_ in run]
-            places_of = [(left, heads) for _, left, heads, _ in run]
+            places_of = [(left, heads) for *_, left, heads in run]
 
             def views(tensors: list[Tensor], at: list[tuple[int, int]] = places_of) -> list[Tensor]:
                 return [view_of(tensor, *place) for tensor, place in zip(tensors, at, strict=True)]
 
-            left_bases = [bases[left] for _, left, _, bases in run]
-            right_bases = [bases[1 - left] for _, left, _, bases in run]
+            left_bases = [work.bases[left] for work, _, left, _ in run]
+            right_bases = [work.bases[1 - left] for work, _, left, _ in run]
             step_bucket_(
-                views([p for p, *_ in run]),
-                views([p.grad for p, *_ in run if p.grad is not None]),
-                views([state["exp_avg"] for state in states]),
-                views([state["exp_avg_sq"] for state in states]) if base == "adam" else [],
+                views([work.parameter for work, *_ in run]),
+                views([work.gradient for work, *_ in run]),
+                views([local_part(state["exp_avg"]) for _, state, *_ in run]),
+                views([local_part(state["exp_avg_sq"]) for _, state, *_ in run]) if base == "adam" else [],
                 [basis for basis in left_bases if basis is not None] or None,
                 [basis for basis in right_bases if basis is not None] or None,
                 base=base,
@@ -239,6 +266,14 @@ class Rotated(Optimizer):
                 nesterov=nesterov,
                 match_rms=match_rms,
             )
+        bring_home_(tasks, works, rates)
+
+    def _task(self, place: Place, held: Held) -> Task:
+        sides = self._assigned.of(*place).sides
+        assert sides is not None
+        owners = (self._assigned.owner(*place, axis) for axis in (0, 1))
+        rows, columns = (self._refresh.basis(self.param_groups, self.state, owner) for owner in owners)
+        return Task(place, self.param_groups[place[0]]["params"][place[1]], held.placings.get(place), sides, (rows, columns))
 
     def _step_rest(self, places: list[Place]) -> None:
         for g, group in enumerate(self.param_groups):
@@ -286,10 +321,14 @@ class Rotated(Optimizer):
                 f"state_dict: {key!r} of {assignment.name!r} is {tuple(value.shape)} and this optimizer holds {shape}; "
                 f"load it into a Rotated made with the same stream, heads, hidden, sides, symmetries and max_side"
             )
-        return value.detach().to(parameter.device, dtype, copy=True)
+        layout = Layout(shape)
+        if shape == tuple(parameter.shape) and not key.startswith(AXES):
+            placing = self._placings.of(assignment, parameter, self.param_groups[g]["base"], self.param_groups[g]["match_rms"])
+            layout = placing.work.layout if placing is not None else layout_of(parameter)
+        return laid_out(value.detach(), layout).to(parameter.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_refresh": self._refresh, "_assigned": self._assigned, "skip_nonfinite": self.skip_nonfinite}
+        own = {name: self.__dict__[name] for name in ("_refresh", "_assigned", "_placings", "skip_nonfinite")}
         return {**super().__getstate__(), **own}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,20 +30,26 @@ class Memory:
 
 @dataclass(frozen=True)
 class Line:
-    """A parameter as the table shows it; `owned`: entries of the bases whose state is this parameter's."""
+    """A parameter as the table shows it; `owned`: entries of the bases whose state is this parameter's.
+
+    part, held: entries of the parameter and of a moment on this rank; note: how a matrix is stepped that is sharded.
+    """
 
     assignment: Assignment
     dtype: torch.dtype
     basis_dtype: torch.dtype
     moments: int
     owned: int
+    part: int
+    held: int
+    note: str = ""
 
     @property
     def bytes(self) -> Memory:
-        count, own = math.prod(self.assignment.shape), self.dtype.itemsize
+        own = self.dtype.itemsize
         held = accumulation_dtype(self.dtype).itemsize if self.assignment.turned else own
         side = self.owned * self.basis_dtype.itemsize
-        return Memory(count * own, count * held * self.moments, side, side)
+        return Memory(self.part * own, self.held * held * self.moments, side, side)
 
 
 def memory_of(lines: Sequence[Line]) -> Memory:
@@ -62,6 +67,7 @@ def render(lines: Sequence[Line]) -> str:
             cells = ("adamw", "", assignment.why)
         else:
             notes = [f"{axis}: {s.why}" for axis, s in zip(("rows", "columns"), assignment.sides, strict=True) if s.why]
+            notes += [line.note] if line.note else []
             cells = (_side(assignment.sides[0]), _side(assignment.sides[1]), "; ".join(notes))
         key = (_without_numbers(assignment.name), " x ".join(map(str, assignment.shape)), *cells)
         rows.setdefault(key, []).append(assignment.name)

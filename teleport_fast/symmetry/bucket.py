@@ -160,14 +160,14 @@ class Bucket:
     def writes(self, element: Element | Split, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Callable[[], object]]:
         """The calls, one op each, that `move_` makes: every view is taken and checked for its size before the first of them."""
         if isinstance(element, Split):
-            plus, minus = self._sides
+            plus, minus = self.sides
             return [*plus.writes(element.plus, sources), *minus.writes(element.minus, sources)]
         if element.form == "dense":
             return self._dense(element, sources)
         return self._diagonal(element.g, sources) if element.form == "diagonal" else self._permutation(element.g, sources)
 
     @cached_property
-    def _sides(self) -> tuple[Bucket, Bucket]:
+    def sides(self) -> tuple[Bucket, Bucket]:
         """The same joints with their writers only, and with their readers only."""
         plus = tuple(replace(joint, minus=()) for joint in self.joints)
         return Bucket(plus), Bucket(tuple(replace(joint, plus=(), carried=()) for joint in self.joints))

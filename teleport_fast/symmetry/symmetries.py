@@ -95,6 +95,13 @@ class Symmetries:
         reference = self._parameters.get(name)
         return None if reference is None else reference()
 
+    def candidates(self, name: str) -> Iterator[Tensor]:
+        """The parameter of that name where the joints were found, then the one that a wrapper (fully_shard) put in its place."""
+        model = None if self._model is None else self._model()
+        for parameter in (self.parameter(name), None if model is None else _get(model, name)):
+            if parameter is not None:
+                yield parameter
+
     def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The live buffers of these names on the model where the joints were found (moving a model replaces them).
 
@@ -186,3 +193,10 @@ class Symmetries:
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's parameters by name, each parameter once under its first name."""
     return dict(model.named_parameters())
+
+
+def _get(model: nn.Module, name: str) -> Tensor | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None

@@ -35,6 +35,12 @@ def test_rotations_end_at_least_a_tenth_below_adamw_over_three_paired_seeds(reco
     assert min(gains) > 0
 
 
+def test_rotated_is_recorded_on_the_same_seeds_and_ends_below_adamw_on_each(record: dict[str, Any]) -> None:
+    plain, rotated = (runs_of(record, arm) for arm in ("adamw", "rotated"))
+    assert set(plain) == set(rotated)
+    assert all(plain[seed]["validation"][-1][1] > run["validation"][-1][1] for seed, run in rotated.items())
+
+
 def test_a_random_control_is_recorded_and_does_not_do_it(record: dict[str, Any]) -> None:
     plain, random = (runs_of(record, arm) for arm in ("adamw", "adamw + random"))
     assert random

@@ -170,7 +170,7 @@ def test_the_l1_line_search_sees_rotations_that_the_frobenius_norm_does_not(tria
 
 
 def test_row_sums_and_grams_of_an_absent_side_are_zero() -> None:
-    from teleport_fast.objectives.dual_norm import grams, row_sums
+    from teleport_fast.objectives.sums import grams, row_sums
 
     rows: list[Tensor] = [torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3)]
     gram_plus, gram_minus = grams(rows, [], joints=2)

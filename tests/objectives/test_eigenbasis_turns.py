@@ -13,6 +13,7 @@ from torch import Tensor
 
 import teleport_fast as tf
 from teleport_fast import objectives
+from teleport_fast.objectives import eigenbasis
 from teleport_fast.symmetry import GeneralLinear, Joint, Orthogonal, Rotary
 from teleport_fast.symmetry.groups import DenseGroup
 
@@ -183,7 +184,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_every_option_turns_exactly_and_to_a_basis_of_its_own(trial_of: Callable[..., Any]) -> None:
+def test_every_option_turns_exactly_and_to_a_basis_of_its_own(
+    trial_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eigenbasis, "LEAST_PART", 5)
     weights = {}
     for name, options in {"default": {}, **OPTIONS}.items():
         trial = trial_of("swiglu-rotary-grouped")
@@ -214,13 +218,17 @@ def test_taken_at_turns_alone_the_covariance_is_that_of_the_turns_gradients(tria
 
 
 def test_parts_of_the_columns_are_taken_in_turns_and_a_resumed_run_goes_on_with_the_next(
-    trial_of: Callable[..., Any],
+    trial_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(eigenbasis, "LEAST_PART", 5)
     trial = trial_of("fused-qkv-bias")
     trial.backward(0)
     gradients = trial.gradients()
     bucket = next(b for b in tf.attach(trial.sgd(), trial.symmetries, "eigenbasis").plan.buckets if b.width == 16)
-    views = [view.of(gradients[view.parameter]).flatten(2)[0] for view in bucket.joints[0].views() if view.counts]
+    views = [view.of(gradients[view.parameter]) for view in bucket.joints[0].views() if view.counts]
+    assert all(view.shape[0] == 1 and 1 in view.shape[2:] for view in views)
+    kinds = {(_columns_apart(view), min(3, view[0, 0].numel() // 5)) for view in views}
+    assert {(True, 3), (False, 3)} <= kinds, kinds  # both ways to take a part occur
     objective, expected = objectives.Eigenbasis(decay=0.5, parts=3), torch.zeros(16, 16, dtype=torch.float64)
     for part in (0, 1, 2, 0):
         objective.observe(0, bucket, gradients)
@@ -228,14 +236,22 @@ def test_parts_of_the_columns_are_taken_in_turns_and_a_resumed_run_goes_on_with_
         resumed.load_state_dict(objective.state_dict())
         objective = resumed
         expected *= 0.5
-        for rows in views:
-            some = rows[:, rows.shape[1] * part // 3 : rows.shape[1] * (part + 1) // 3]
+        for view in views:
+            rows = view.flatten(2)[0]
+            n = rows.shape[1]
+            parts = max(1, min(3, n // 5))
+            at = part % parts
+            some = rows[:, at::parts] if _columns_apart(view) else rows[:, n * at // parts : n * (at + 1) // parts]
             expected += 0.5 * some @ some.T / some.square().sum()
         torch.testing.assert_close(objective.covariances[0][0], expected)
-    whole = objectives.Eigenbasis(decay=0.5)
+    whole = objectives.Eigenbasis(decay=0.5, parts=1)
     for _ in range(4):
         whole.observe(0, bucket, gradients)
     assert float((whole.covariances[0][0] - expected).norm() / expected.norm()) > 1e-2
+
+
+def _columns_apart(view: Tensor) -> bool:
+    return max(zip(view.shape[2:], view.stride()[2:], strict=True))[1] != 1
 
 
 def test_iterations_in_one_turn_are_as_many_turns(trial_of: Callable[..., Any]) -> None:
@@ -280,7 +296,7 @@ def test_directions_that_no_gradient_has_seen_stay() -> None:
         ({"normalise": "all"}, "normalise must be one of tensor, joint, none, got 'all'; 'tensor'"),
         ({"takes": "none"}, "takes must be one of steps, turns, got 'none'; 'steps'"),
         ({"iterations": 0}, "iterations must be an integer of at least 1, got 0; 1"),
-        ({"parts": 1.5}, "parts must be an integer of at least 1, got 1.5; 1"),
+        ({"parts": 1.5}, "parts must be an integer of at least 1, got 1.5; 4"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

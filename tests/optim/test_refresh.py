@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from teleport_fast.optim import Rotated
-from teleport_fast.optim.refresh import LEAST_PART, part_of
+from teleport_fast.optim.views import LEAST_PART, part_of
 
 
 @pytest.mark.parametrize("n", [0, 1, 31, 64, 95, 96, 100, 341])

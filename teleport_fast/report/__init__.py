@@ -1,0 +1,1 @@
+"""The verb `report`: one self-contained HTML page about a run."""

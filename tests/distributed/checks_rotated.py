@@ -1,0 +1,198 @@
+"""`Rotated` on many ranks is `Rotated` in one process: under DDP, fully_shard, tensor parallelism and 2-D meshes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import on
+from rotated_cases import (
+    HEADS,
+    Twins,
+    distance,
+    follow,
+    gpt,
+    mesh,
+    parameters_of,
+    replaced,
+    replicated_state,
+    same_on_all_ranks,
+    train,
+    whole,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from teleport_fast.distributed import counted
+from teleport_fast.optim import Rotated, refresh, summed
+
+OPTIONS: dict[str, Any] = {"lr": 0.01, "every": 2, "weight_decay": 0.1, "hidden": 8, "sides": HEADS, "table_lr": 0.02}
+SHAPES = {"h.0.q.weight": (8, 8), "h.0.up.weight": (16, 8), "h.0.down.weight": (8, 16), "h.0.norm.weight": (8,)}
+PLAIN: dict[str, Any] = {"lr": 0.01, "every": 2, "weight_decay": 0.1, "hidden": 8, "sides": {"*.q.weight": ("heads:4", "stream")}}
+
+
+def sharded(model: Any, **options: Any) -> Any:
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh(dist.get_world_size()), **options)
+    return fully_shard(model, mesh=mesh(dist.get_world_size()), **options)
+
+
+@on(2, 4)
+def under_ddp_every_rank_has_the_single_process_bits_and_nothing_is_sent() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    single, model = gpt(), gpt()
+    one = Rotated(single.named_parameters(), **OPTIONS)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    many = Rotated(ddp.named_parameters(), **OPTIONS)
+    assert many.table() == one.table().replace("blocks.", "module.blocks.") or "module." in many.table()
+    with counted() as traffic:
+        train(ddp, many, range(5), rank, world)
+    assert (traffic.reductions, traffic.turns) == (0, 0)
+    train(single, one, range(5))
+    assert distance(one, many) < 1e-9
+    assert all(map(same_on_all_ranks, [*model.parameters(), *replicated_state(many)]))
+    # without the average of DDP the ranks would part
+    train(model, many, range(5, 6), rank, world)
+    assert not same_on_all_ranks(model.blocks[0].mlp.up.weight.detach())
+
+
+@on(2, 4)
+def under_fully_shard_a_run_is_the_single_process_one() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    single = gpt()
+    model = sharded(copy.deepcopy(single))
+    one, many = (Rotated(m.named_parameters(), **OPTIONS) for m in (single, model))
+    train(single, one, range(5))
+    with counted() as traffic:
+        train(model, many, range(5), rank, world)
+    assert distance(one, many) < 1e-7
+    assert all(map(same_on_all_ranks, replicated_state(many)))
+    # per step: Σ h² of every basis (8² per stream side, heads of 2², blocks of 8²), in one bucket, and the verdict on finiteness
+    entries = 6 * 64 + 4 * 4 * 4 + 2 * 2 * 64
+    assert traffic.reduced == 5 * (8 * entries + 4), (traffic, entries)
+    assert traffic.reductions == 5 * 2
+    # o and down write the stream by their rows, which are cut: gradients go to columns and updates come back, a rank's part
+    # of each but what stays. On 4 ranks a block of 8 neurons is cut as well: up goes too, and up and down go once more with
+    # the other side turned, whose two turns take their moments home and back.
+    cut = int(world == 4)
+    part = 8 * (world - 1) / world**2
+    assert traffic.turned == part * (5 * (2 * 64 + (2 + 4 * cut) * 128) + 2 * cut * 2 * 2 * 128), traffic
+
+
+@on(2)
+def without_the_sum_over_ranks_they_part_and_a_wrong_basis_is_another_run() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    single = gpt()
+    one = Rotated(single.named_parameters(), **OPTIONS)
+    train(single, one, range(3))
+    model = sharded(gpt())
+    many = Rotated(model.named_parameters(), **OPTIONS)
+    with replaced(summed, "all_reduce_", lambda requests: [*requests]):
+        train(model, many, range(3), rank, world)
+    assert distance(one, many) > 1e-3 and not all(map(same_on_all_ranks, replicated_state(many)))
+
+    pair = Twins(SHAPES, mesh(world), [Shard(0)], torch.float64, **PLAIN).step(3)
+    assert pair.distance() < 1e-9
+    basis = pair.many.state[pair.sharded["h.0.up.weight"]]["columns_basis"]
+    basis.copy_(basis.roll(1, 1))
+    assert pair.step(1).distance() > 1e-3
+
+
+@on(2, 4)
+def uneven_shards_policies_and_offloading_step_as_one_process_with_their_gradients() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    cases: list[tuple[torch.dtype, dict[str, Any]]] = [
+        (torch.float64, {"reshard_after_forward": False}),
+        (torch.float32, {"mp_policy": half}),
+        (torch.float64, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    ]
+    sides = {"*.attention.[qkv].weight": ("heads:5", "stream"), "*.attention.o.weight": ("stream", "heads:5")}
+    for dtype, options in cases:
+        # 10 rows and 15 over 4 ranks: 3, 3, 3, 1 and 4, 4, 4, 3
+        single = gpt(dtype, width=10, hidden=15)
+        model = sharded(copy.deepcopy(single), **options)
+        one, many = (Rotated(m.named_parameters(), **{**OPTIONS, "hidden": 5, "sides": sides}) for m in (single, model))
+        follow(model, many, one, range(5), rank, world)
+        # float32: an eigenbasis is as exact as rounding over the gap of its eigenvalues, 100 to 1000 eps here
+        assert distance(one, many) < (1e-9 if dtype == torch.float64 else 2e-3), (dtype, options, distance(one, many))
+        assert all(map(same_on_all_ranks, replicated_state(many)))
+
+
+@on(4)
+def tensor_parallel_and_two_dimensional_meshes_step_as_one_process_with_their_gradients() -> None:
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(8, 16), nn.LayerNorm(8), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.down(self.up(self.norm(x)).relu())
+            return found
+
+    for shape in ((4,), (2, 2)):
+        torch.manual_seed(0)
+        single = Block().double()
+        model: Any = copy.deepcopy(single)
+        parallelize_module(model, mesh(*shape)["tp"] if len(shape) == 2 else mesh(*shape), plan)
+        if len(shape) == 2:
+            fully_shard(model, mesh=mesh(*shape)["dp"])
+        one, many = (Rotated(m.named_parameters(), **{**OPTIONS, "hidden": 4}) for m in (single, model))
+        for step in range(5):
+            data = dist.get_rank() // 2 if len(shape) == 2 else 0
+            x = torch.randn(6, 8, generator=torch.Generator().manual_seed(10 * step + data), dtype=torch.float64)
+            many.zero_grad()
+            (model(x) - x.roll(1, 1)).square().mean().backward()
+            for p, q in zip(parameters_of(one), parameters_of(many), strict=True):
+                p.grad = whole(q.grad).clone()
+            one.step()
+            many.step()
+        assert distance(one, many) < 1e-9, (shape, distance(one, many))
+        assert all(map(same_on_all_ranks, replicated_state(many)))
+
+
+@on(4)
+def every_option_and_placement_steps_as_one_process() -> None:
+    square, line = mesh(2, 2), mesh(4)
+    layouts = [(line, [Shard(0)]), (line, [Shard(1)]), (square, [Replicate(), Shard(0)]), (square, [Shard(0), Shard(1)])]
+    layouts += [(square, [Shard(0), Shard(0)]), (line, [Replicate()])]
+    options: list[dict[str, Any]] = [
+        {},
+        {"base": "sign", "stream": "model", "hidden": True},
+        {"base": "row_norm"},
+        {"base": "sinkhorn", "normalise": "joint", "stream": "layer"},
+        {"match_rms": 0.2, "normalise": "none"},
+        {"second_moments": "project", "stream": "layer", "hidden": 4},
+        {"second_moments": "reset", "basis_dtype": torch.bfloat16},
+    ]
+    for index, (on_mesh, placements) in enumerate(layouts):
+        for number, changes in enumerate(options):
+            if index < 2 or (index + number) % 3 == 0:
+                pair = Twins(SHAPES, on_mesh, placements, torch.float64, **{**PLAIN, **changes}).step(4)
+                limit = 1e-9 if "basis_dtype" not in changes else 1e-2
+                assert pair.distance() < limit, (placements, changes, pair.distance())
+                assert "rank" in pair.many.table() or placements == [Replicate()]
+
+
+@on(4)
+def a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all() -> None:
+    pair = Twins(SHAPES, mesh(4), [Shard(0)], torch.float64, **PLAIN).step(1)
+    before = [whole(p).clone() for p in pair.sharded.values()]
+    up: Any = pair.sharded["h.0.up.weight"]
+    if dist.get_rank() == 2:
+        up.grad._local_tensor[0, 0] = torch.inf
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pair.many.step()
+    text = str(caught[0].message)
+    assert ("'h.0.up.weight'" if dist.get_rank() == 2 else "another rank") in text, text
+    assert all(torch.equal(whole(p), q) for p, q in zip(pair.sharded.values(), before, strict=True))
+    assert pair.many.memory().moments < pair.one.memory().moments / 3
