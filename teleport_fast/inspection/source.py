@@ -89,7 +89,9 @@ def _from_config(file: Path, folder: Path | None, trust_remote_code: bool) -> So
     # Eager attention: fused kernels may round differently from one call to the next, which a proof would see.
     common: dict[str, Any] = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=trust_remote_code)
+        # nothing is downloaded, so there is no revision to pin
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(file, **local)  # nosec B615
         auto = _auto_class(transformers, config)
         if folder is not None and _weights(folder):
             model = auto.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True, **common)
