@@ -63,7 +63,10 @@ class History:
 
     def read(self) -> list[TeleportRecord]:
         rows = (self._packed[i : i + 6] for i in range(0, len(self._packed), 6))
-        older = [TeleportRecord(int(step), *numbers, int(joints)) for step, *numbers, joints in rows]
+        older = [
+            TeleportRecord(int(step), before, after, radius, seconds, int(joints))
+            for step, before, after, radius, seconds, joints in rows
+        ]
         return older + [pending.read() for pending in self._latest if not pending.void()]
 
     def last(self) -> TeleportRecord | None:

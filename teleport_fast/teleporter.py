@@ -267,8 +267,7 @@ class Teleporter:
                 found = search(place, self.objective, wave, move, void, self._warn)
                 moves = [one[:3] for one in found]
                 calls = self._writes(parameters, gradients, moves, self.second_moments)
-                if held := self._now_held(moves):
-                    calls.append(partial(self._held.update, held))
+                calls += [partial(self._hold, index, element) for index, _, element in moves]
                 if number == len(waves) - 1:
                     calls += [note, lambda: self._clipping(everything)]
                 moved += sum(len(bucket.joints) for _, bucket, _ in moves)
@@ -287,11 +286,11 @@ class Teleporter:
     def _clipping(self, everything: dict[str, Tensor]) -> list[Write]:
         return self.plan.place.clipping(everything.values(), everything, self.max_norm)
 
-    def _now_held(self, moves: Sequence[tuple[int, Bucket, Element | Split]]) -> dict[int, Element]:
-        if self.frame != "return" or not self.objective.holds:
-            return {}
-        elements = {index: element for index, _, element in moves if isinstance(element, Element)}
-        return {index: element.after(self._held[index]) if index in self._held else element for index, element in elements.items()}
+    def _hold(self, index: int, element: Element | Split) -> None:
+        if self.frame == "return" and self.objective.holds:
+            assert isinstance(element, Element)
+            held = self._held.get(index)
+            self._held[index] = element if held is None else element.after(held)
 
     def _writes(
         self,

@@ -64,9 +64,9 @@ class GradNorm(Objective):
             t = diagonal_extremum(a, 2 * k_plus, b, 2 * k_minus, move.radius, move.descend)
             return Element("diagonal", t.exp()), t.abs().amax()
         if move.descend:
-            return geodesic_descent(bucket.group, *sums, move.radius, move.max_condition)
+            return geodesic_descent(bucket.group, sums[0], sums[1], move.radius, move.max_condition)
         if self.steps > 1:
-            return trust_region_ascent(bucket.group, *sums, move.radius, self.steps)
+            return trust_region_ascent(bucket.group, sums[0], sums[1], move.radius, self.steps)
         algebra = lie_step(bucket.group, sums[0], move.radius)
         assert isinstance(bucket.group, DenseGroup)
         return exponential(algebra), bucket.group.factor_norm(algebra)
