@@ -6,6 +6,7 @@ VENV ?= .venv
 OUT ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --compare
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
@@ -25,11 +26,11 @@ TORCH_HAS_TRITON := import sys, importlib.metadata as m; \
   sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
 MAJOR_MINOR := import sys; print("%d.%d" % sys.version_info[:2])
 
-.PHONY: help setup demo test lint types docs docs-examples bench clean python-matches FORCE
+.PHONY: help setup demo test lint types docs docs-examples bench bench-each clean python-matches FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "  PYTHON=$(PYTHON)  TORCH=$(TORCH)  PIP_ARGS=$(PIP_ARGS)  VENV=$(VENV)  PYTEST_ARGS=$(PYTEST_ARGS)"
+	@echo "  PYTHON=$(PYTHON)  TORCH=$(TORCH)  PIP_ARGS=$(PIP_ARGS)  VENV=$(VENV)  PYTEST_ARGS=$(PYTEST_ARGS)  BENCH_ARGS=$(BENCH_ARGS)"
 
 setup: $(STAMPS)/built  ## create .venv, install what is pinned, build the extension
 
@@ -49,9 +50,13 @@ docs-examples: setup  ## run the code blocks of README.md and docs/, and the doc
 	@$(BIN)/pytest tests/test_docs_examples.py $(PYTEST_ARGS)
 
 docs: $(STAMPS)/docs  ## build the documentation's site into site/; a warning or a broken link fails
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+# Not --quiet, which hides from --strict the warnings that it counts.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-bench: setup  ## run the benchmarks
+bench: setup  ## time every op beside torch, a copy and the BLAS; say what changed
+	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.ratios $(BENCH_ARGS)
+
+bench-each: setup  ## pytest-benchmark, each route of each op by itself
 	@$(BIN)/pytest bench $(PYTEST_ARGS)
 
 clean:  ## remove what was built; .venv and runs/ stay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from teleport_fast.distributed.layout import local_part
-from teleport_fast.objectives.base import Objective
 from teleport_fast.symmetry.bucket import Element, Split
 
 E = TypeVar("E", bound=Element | Split)
@@ -80,24 +79,10 @@ def unless(void: Tensor, element: E, max_condition: float = math.inf) -> E:
     void = void.to(finite.device, non_blocking=True) | ~finite
     if isinstance(element, Element) and element.form == "dense" and not element.turns and not math.isinf(max_condition):
         # an SVD of what is not finite raises
-        void = void | (_or_identity(void, element).condition() > max_condition).any()
+        void = void | (_or_identity(void, element).conditions() > max_condition).any()
     if isinstance(element, Split):
         return cast(E, Split(_or_identity(void, element.plus), _or_identity(void, element.minus)))
     return cast(E, _or_identity(void, element))
-
-
-def unless_remembered(objective: Objective, void: Tensor, work: Callable[[], None]) -> None:
-    """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
-    before = objective.state_dict()
-    work()
-    after = objective.state_dict()
-    if after:
-        objective.load_state_dict(
-            {
-                key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
-                for key, new in after.items()
-            }
-        )
 
 
 def _or_identity(void: Tensor, element: Element) -> Element:

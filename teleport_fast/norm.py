@@ -17,7 +17,8 @@ PIECE = 16384
 def total_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     """In float64, where finite float32 entries of 1e25 still have a finite norm."""
     pieces = [piece for tensor in tensors.values() for piece in _pieces(tensor)]
-    return torch.stack(list(torch._foreach_norm(pieces, 2, torch.float64))).norm()
+    whole: Tensor = torch.stack(list(torch._foreach_norm(pieces, 2, torch.float64))).norm()
+    return whole
 
 
 def clipping(
@@ -41,4 +42,5 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
     """On a CPU torch widens a tensor before it takes the norm: blocks of rows, so that it never holds a wide embedding."""
     if tensor.device.type != "cpu" or tensor.numel() <= PIECE:
         return (tensor,)
-    return tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
+    pieces: tuple[Tensor, ...] = tensor.split(max(1, PIECE * tensor.shape[0] // tensor.numel()))
+    return pieces

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch.optim import Optimizer
 
 from teleport_fast.bases import check_base
+from teleport_fast.distributed.layout import as_dtensor
 from teleport_fast.objectives import Objective, make_objective
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
 from teleport_fast.soundness import check_bound
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Engine = TypeVar("Engine", bound=Teleporter)
 FRAMES = ("stay", "return")
@@ -34,6 +41,7 @@ def attach(
     on_teleport: Callable[[TeleportRecord], object] | None = None,
     seed: int = 0,
     max_norm: float | None = None,
+    group: ProcessGroup | None = None,
     max_condition: float | None = None,
 ) -> Teleporter:
     """Teleport the optimizer's parameters before the steps at which `schedule` fires; returns the Teleporter.
@@ -48,7 +56,9 @@ def attach(
     under a dense g, "keep", "reset" (the whole state of the moved parameters starts anew) or "project" (v → (g∘g) v);
     diagonals and permutations carry them exactly. on_teleport: called with each TeleportRecord. seed: for random moves.
     max_norm: after a teleport, which may raise it, the norm of all gradients is clipped to this; clip what comes from backward
-    before the step, as ever.
+    before the step, as ever. group: the process group whose ranks hold the same plain weights (DistributedDataParallel): its first
+    rank's elements, and decisions of schedules that may differ, hold for all. DTensors (fully_shard, tensor parallelism) need
+    none: see docs/distributed.md.
     max_condition: a dense g whose condition number is above this is not used, with a warning that names the joint, and descents
     stop there. 1/√eps by default, 2896 in float32 and 6.7e7 in float64 (docs/training.md); rotations have 1, ascents by a radius
     r at most exp(√2 r), frames of "scaled" the bound of its `ridge`.
@@ -78,6 +88,7 @@ def attach(
         on_teleport,
         seed,
         max_norm,
+        group,
         max_condition,
     )
 
@@ -95,6 +106,7 @@ def attach_as(
     on_teleport: Callable[[TeleportRecord], object] | None = None,
     seed: int = 0,
     max_norm: float | None = None,
+    group: ProcessGroup | None = None,
     max_condition: float | None = None,
 ) -> Engine:
     """`attach` with an engine of another class than Teleporter."""
@@ -137,6 +149,15 @@ def attach_as(
         raise TypeError(f"seed must be an integer, got {seed!r}; 0 is the default")
     if max_norm is not None and (isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0):
         raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}; 1.0 is usual")
+    if group is not None and not hasattr(group, "size"):
+        raise TypeError(f"group must be a ProcessGroup or None, got {group!r}; torch.distributed.group.WORLD has all ranks")
+    if group is None and not schedule.agrees and _lies_on_replicas(optimizer):
+        warnings.warn(
+            f"teleport_fast: {schedule!r} may say another thing on every rank; where ranks hold the same weights (DDP) pass "
+            f"group=torch.distributed.group.WORLD, so that the first one's word holds (sharded weights need no group)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     check_bound(max_condition)
     live = _attached.setdefault(optimizer, weakref.WeakSet())
     taken = {teleporter._counter for teleporter in live if teleporter._handles}
@@ -153,12 +174,27 @@ def attach_as(
         counter,
         seed,
         max_norm,
+        group,
         max_condition,
     )
     if on_teleport is not None:
         teleporter.after_move.append(on_teleport)
     live.add(teleporter)
     return teleporter
+
+
+def _lies_on_replicas(optimizer: Optimizer) -> bool:
+    """Whether other ranks run, and every parameter is plain: they may hold the same ones."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return False
+    return all(as_dtensor(parameter) is None for group in optimizer.param_groups for parameter in group["params"])
+
+
+def attached_to(optimizer: Optimizer) -> list[Teleporter]:
+    """The teleporters that are attached to this very optimizer and not detached, first to last."""
+    live = [teleporter for teleporter in _attached.get(optimizer, ()) if teleporter._handles]
+    return sorted(live, key=lambda teleporter: int(teleporter._counter.removeprefix("teleport_step") or 0))
 
 
 class Teleport(Optimizer):

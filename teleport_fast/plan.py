@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from teleport_fast.symmetry.bucket import Bucket, buckets
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.whole import WHOLE, Whole
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Plan:
@@ -29,11 +32,13 @@ class Plan:
     a joint's tensors do not fit their views.
     """
 
-    def __init__(self, symmetries: Symmetries, optimizer: Optimizer, objective: Objective) -> None:
+    def __init__(
+        self, symmetries: Symmetries, optimizer: Optimizer, objective: Objective, group: ProcessGroup | None = None
+    ) -> None:
         objective.check(symmetries)
-        self._objective = objective
+        self._objective, self._group = objective, group
         positions = _positions(optimizer, symmetries)
-        self.place = place_of(optimizer)
+        self.place = place_of(optimizer, group)
         self.left_out = {
             joint.name: reason
             for joint in symmetries
@@ -113,11 +118,13 @@ class Plan:
         self.slots = found
         self._remember(optimizer)
         self._live |= gone
-        self.place = place_of(optimizer)
+        self.place = place_of(optimizer, self._group)
         self._refused = {}
         for index, bucket in enumerate(self.buckets):
-            reasons = [(joint, self._refusal(joint, optimizer, found)) for joint in bucket.joints]
-            self._refused |= {index: f"joint {joint.name!r}: {reason}" for joint, reason in reasons if reason}
+            for joint in bucket.joints:
+                reason = self._refusal(joint, optimizer, found)
+                if reason:
+                    self._refused[index] = f"joint {joint.name!r}: {reason}"
 
     def _is_replaced(self, optimizer: Optimizer, place: tuple[int, int], before: Tensor | None) -> bool:
         """Whether a parameter that was in no group before stands where this one stood."""
@@ -190,14 +197,21 @@ class Plan:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": {}, "_seen": {}, "place": WHOLE}
+        return {**self.__dict__, "_live": {}, "_seen": {}, "place": WHOLE, "_group": None}
 
 
-def place_of(optimizer: Optimizer) -> Whole:
-    """How the optimizer's parameters are measured and moved: by this process, or by all ranks where one is a DTensor."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def place_of(optimizer: Optimizer, group: ProcessGroup | None) -> Whole:
+    """How the optimizer's parameters are measured and moved: by this process, or by all ranks where one is a DTensor.
+
+    group: the ranks that hold the same plain tensors.
+    """
+    parameters = [parameter for of_group in optimizer.param_groups for parameter in of_group["params"]]
     if all(as_dtensor(parameter) is None for parameter in parameters):
-        return WHOLE
+        if group is None:
+            return WHOLE
+        from teleport_fast.distributed.replicas import Replicas
+
+        return Replicas(group)
     from teleport_fast.distributed.shards import Shards
 
     return Shards(parameters)

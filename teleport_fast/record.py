@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import astuple, dataclass
 
@@ -10,7 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TeleportRecord:
-    """What one teleport did; `radius_used` is the longest factor of log g (rotations: ‖Q − I‖_F)."""
+    """What one teleport did; `radius_used` is the longest factor of log g (rotations: ‖Q − I‖_F).
+
+    `condition` is the largest condition number of a g, 1 for rotations, where somebody asks for it: `attach(on_teleport=...)`,
+    or `teleporter.with_condition = True`; nan elsewhere.
+    """
 
     step: int
     objective_before: float
@@ -18,6 +23,7 @@ class TeleportRecord:
     radius_used: float
     seconds: float
     joints: int
+    condition: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Pending:
     seconds: float
     joints: int
     skipped: Tensor | None = None
+    condition: Tensor | None = None
 
     def void(self) -> bool:
         """Whether the step was skipped on the device, and the move with it."""
@@ -38,11 +45,12 @@ class Pending:
 
     def read(self) -> TeleportRecord:
         before, after, radius = float(self.before), float(self.after), float(self.radius)
-        return TeleportRecord(self.step, before, after, radius, self.seconds, self.joints)
+        condition = math.nan if self.condition is None else float(self.condition)
+        return TeleportRecord(self.step, before, after, radius, self.seconds, self.joints, condition)
 
 
-class History:
-    """One record per teleport, oldest first. The latest still lie on the device; older ones are kept as 48 bytes each.
+class Records:
+    """One entry per teleport, oldest first: the latest may still lie on the device, older ones are kept as 56 bytes each.
 
     They are read back half of `LATEST` at a time, so that a run of a million teleports neither waits at each nor grows by their
     tensors (about 2 kB a record).
@@ -52,24 +60,35 @@ class History:
 
     def __init__(self) -> None:
         self._packed = array("d")
-        self._latest: list[Pending] = []
+        self._latest: list[Pending | TeleportRecord] = []
 
-    def append(self, pending: Pending) -> None:
-        self._latest.append(pending)
+    def append(self, entry: Pending | TeleportRecord) -> None:
+        self._latest.append(entry)
         if len(self._latest) >= self.LATEST:
             oldest, self._latest = self._latest[: self.LATEST // 2], self._latest[self.LATEST // 2 :]
-            for record in (pending.read() for pending in oldest if not pending.void()):
+            for record in _settled(oldest):
                 self._packed.extend(astuple(record))
 
     def read(self) -> list[TeleportRecord]:
-        rows = (self._packed[i : i + 6] for i in range(0, len(self._packed), 6))
+        """All of them; each is read off the device once, when somebody asks. Void ones are left out."""
+        rows = (self._packed[i : i + 7] for i in range(0, len(self._packed), 7))
         older = [
-            TeleportRecord(int(step), before, after, radius, seconds, int(joints))
-            for step, before, after, radius, seconds, joints in rows
+            TeleportRecord(int(step), before, after, radius, seconds, int(joints), condition)
+            for step, before, after, radius, seconds, joints, condition in rows
         ]
-        return older + [pending.read() for pending in self._latest if not pending.void()]
+        latest = _settled(self._latest)
+        self._latest = [*latest]
+        return older + latest
 
     def last(self) -> TeleportRecord | None:
         """The last record that was not void."""
-        found = next((pending.read() for pending in reversed(self._latest) if not pending.void()), None)
-        return found if found is not None or not self._packed else self.read()[-1]
+        latest = _settled(self._latest)
+        self._latest = [*latest]
+        if latest:
+            return latest[-1]
+        return self.read()[-1] if self._packed else None
+
+
+def _settled(entries: list[Pending | TeleportRecord]) -> list[TeleportRecord]:
+    kept = (entry for entry in entries if isinstance(entry, TeleportRecord) or not entry.void())
+    return [entry if isinstance(entry, TeleportRecord) else entry.read() for entry in kept]

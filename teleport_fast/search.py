@@ -149,7 +149,8 @@ def _cholesky(gram: Tensor, ridge: Tensor) -> Tensor:
     pivots = plain.diagonal(dim1=-2, dim2=-1).square().amin(-1)[..., None, None]
     thin = (failed[..., None, None] != 0) | ~(pivots > ridge)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.cholesky_ex(torch.where(thin, gram + ridge * eye, gram))[0]
+    factor: Tensor = torch.linalg.cholesky_ex(torch.where(thin, gram + ridge * eye, gram))[0]
+    return factor
 
 
 def _mean_eigenvalue(gram: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def refusal(bucket: Bucket, element: Element | Split, max_condition: float) -> s
     if bool(element.finite()):
         if math.isinf(max_condition) or element.form != "dense":
             return None
-        condition = element.condition()
+        condition = element.conditions()
         largest = float(condition.amax()) if condition.numel() else 1.0
         if largest <= max_condition:
             return None

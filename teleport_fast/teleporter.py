@@ -8,28 +8,21 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import (
-    found_inf,
-    full_precision,
-    has_no_rate,
-    is_nested,
-    run_closure_once,
-    unless,
-    unless_remembered,
-)
+from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
 from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients
+from teleport_fast.history import History
 from teleport_fast.moving import writes_of
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
-from teleport_fast.record import History, Pending, TeleportRecord
+from teleport_fast.record import Pending, Records, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
 from teleport_fast.searching import Waves, search
 from teleport_fast.skipped import PutAside, is_skipping
@@ -39,6 +32,9 @@ from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
 from teleport_fast.writes import TRIES, Write, Writes, deliver, signals_held
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Teleporter:
@@ -57,6 +53,7 @@ class Teleporter:
         counter: str,
         seed: int,
         max_norm: float | None = None,
+        group: ProcessGroup | None = None,
         max_condition: float | None = None,
     ) -> None:
         # the optimizer's hooks hold the teleporter: a strong reference back would keep the model until the next gc
@@ -64,11 +61,12 @@ class Teleporter:
         self.symmetries, self.objective, self.schedule = symmetries, objective, schedule
         self.radius, self.frame, self.descend, self.second_moments = radius, frame, descend, second_moments
         self.max_norm, self.max_condition = max_norm, max_condition
-        self.plan = Plan(symmetries, optimizer, objective)
+        self.with_condition = False
+        self.plan = Plan(symmetries, optimizer, objective, group)
         self.before_move: list[Callable[[Teleporter], object]] = []
         self.after_move: list[Callable[[TeleportRecord], object]] = []
         self._counter, self._seed = counter, seed
-        self._history = History()
+        self._history = Records()
         self._held: dict[int, Element] = {}
         self._away: list[tuple[int, Bucket, Element | Split]] = []
         self._put_aside = PutAside()
@@ -114,9 +112,9 @@ class Teleporter:
             group[self._counter] = value
 
     @property
-    def history(self) -> list[TeleportRecord]:
-        """One record per teleport, oldest first."""
-        return self._history.read()
+    def history(self) -> History:
+        """One record per teleport, oldest first; each is read off the device once, when somebody asks."""
+        return History(self._history.read())
 
     def _last_record(self) -> TeleportRecord | None:
         return self._history.last()
@@ -142,6 +140,11 @@ class Teleporter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a run that goes on without `state_dict()` is another one: a basis, its covariances, a schedule's memory."""
+        return self._watches or self.objective.holds or bool(self.schedule.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """The objective's tensors, the basis that the return frame holds, and the schedule's memory where it has one.
@@ -221,12 +224,10 @@ class Teleporter:
                     self._teleport(parameters, gradients, everything(), serving, None)
                 return
             void = verdict > 0
-            unless_remembered(self.objective, void, lambda: place.observe(self.objective, serving, gradients))
+            self.objective.unless(void, lambda: place.observe(self.objective, serving, gradients))
             if fires:
                 void = void | (place.norm(everything()) == 0).to(void.device, non_blocking=True)
-                unless_remembered(
-                    self.objective, void, lambda: self._teleport(parameters, gradients, everything(), serving, void)
-                )
+                self.objective.unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
 
     def _bound(self, parameters: dict[str, Tensor]) -> float:
         if self.max_condition is not None:
@@ -253,11 +254,15 @@ class Teleporter:
         measured = Move(parameters, everything, self.radius, self.descend, generator)
         place, moved, radii, noted = self.plan.place, 0, list[Tensor](), list[Pending]()
         before = place.value(self.objective, measured)
+        asked = self.with_condition or bool(self.after_move)
+        condition = torch.ones(()) if asked else None
 
         def note() -> None:
-            used = [radius.detach().float().to(radii[0].device, non_blocking=True) for radius in radii]
-            radius, after = torch.stack(used).amax() if used else torch.zeros(()), place.value(self.objective, measured)
-            noted.append(Pending(self.step_count, before, after, radius, time.perf_counter() - start, moved, void))
+            radius: Tensor | None = None
+            for used in radii:
+                radius = _larger(radius, used)
+            radius, after = torch.zeros(()) if radius is None else radius, place.value(self.objective, measured)
+            noted.append(Pending(self.step_count, before, after, radius, time.perf_counter() - start, moved, void, condition))
             self._history.append(noted[-1])
 
         waves = self._waves.of(self.objective, serving)
@@ -272,6 +277,9 @@ class Teleporter:
                     calls += [note, lambda: self._clipping(everything)]
                 moved += sum(len(bucket.joints) for _, bucket, _ in moves)
                 radii += [used for *_, used in found]
+                for _, bucket, element in moves:
+                    if condition is not None and self.objective.stretches and bucket.group.holds_stretches:
+                        condition = _larger(condition, element.condition())
                 writes = self._listed(calls)
                 self._commit(writes)
             except BaseException:
@@ -395,3 +403,9 @@ class Teleporter:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
+
+
+def _larger(one: Tensor | None, other: Tensor) -> Tensor:
+    """The larger of two 0-d tensors in float32, where the first one lies."""
+    other = other.detach().float()
+    return other if one is None else torch.maximum(one, other.to(one.device, non_blocking=True))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import sys
+import types
+from pathlib import Path
 
 # Read once, when torch (OpenMP) and triton are first imported: so before both.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -16,6 +19,11 @@ THREADS = torch.get_num_threads()
 GPU_MISSING = None if torch.cuda.is_available() else f"needs a CUDA device; torch {torch.__version__} sees none here"
 if GPU_MISSING:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# bench/ lies beside the package: it is made known alone, since with its parent the top-level `kernels` would be too.
+if "bench" not in sys.modules:
+    sys.modules["bench"] = types.ModuleType("bench")
+    sys.modules["bench"].__path__ = [str(Path(__file__).resolve().parent.parent / "bench")]
 
 with contextlib.suppress(ImportError):  # absent on some GPU machines, where the tests that need it are not collected
     from hypothesis import settings

@@ -1,4 +1,4 @@
-"""`make bench` finds every benchmark: those that share code import their neighbours; and what measures a step runs."""
+"""`make bench-each` finds every benchmark: those that share code import their neighbours; and what measures a step runs."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def tiny_train(folder: Path, out: Path, *more: str) -> list[str]:
     return ["train", *TINY, "--folder", str(folder), "--out", str(out), "--validate-every", "3", *more]
 
 
-@pytest.mark.parametrize("verb", [[], ["doctor"], ["inspect"], ["train"], ["reproduce"]], ids=lambda verb: " ".join(verb) or "none")
+@pytest.mark.parametrize("verb", [[], ["doctor"], ["inspect"], ["train"], ["report"], ["reproduce"]], ids=lambda verb: " ".join(verb) or "none")
 def test_every_verb_has_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*verb, "--help"]) == 0
     assert "Usage: python -m teleport_fast" in capsys.readouterr().out

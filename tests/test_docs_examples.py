@@ -24,7 +24,7 @@ BLOCK = re.compile(
     r"^(?P<indent>[ \t]*)```python[ \t]*\n(?P<code>.*?)^[ \t]*```",
     re.M | re.S,
 )
-OPTIONAL = {"triton", "transformers", "lightning", "accelerate", "tensorboard", "matplotlib", "sklearn", "typer", "rich"}
+OPTIONAL = {"triton", "transformers", "lightning", "accelerate", "tensorboard", "pandas", "matplotlib", "sklearn", "typer", "rich"}
 
 
 def blocks(text: str) -> list[tuple[int, str, str | None]]:

@@ -30,6 +30,10 @@ PUBLIC_FILES = [
     "setup.py",
     "pyproject.toml",
     "requirements/dev.txt",
+    "requirements/docs.txt",
+    "mkdocs.yml",
+    ".pre-commit-config.yaml",
+    ".github/pull_request_template.md",
     ".ci/run",
     ".gitignore",
     "docs/mathematics.md",
@@ -37,7 +41,7 @@ PUBLIC_FILES = [
     "teleport_fast/py.typed",
     "teleport_fast/_C.pyi",
 ]
-TARGETS = ["setup", "demo", "test", "lint", "types", "docs-examples", "bench", "clean", "help"]
+TARGETS = ["setup", "demo", "test", "lint", "types", "docs", "docs-examples", "bench", "bench-each", "clean", "help"]
 
 
 def read(path: str) -> str:

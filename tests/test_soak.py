@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from teleport_fast.record import History, Pending
+from teleport_fast.record import Pending, Records
 
 PATH = Path(__file__).resolve().parent.parent / "bench/step/soak.py"
 spec = importlib.util.spec_from_file_location("soak", PATH)
@@ -36,7 +36,7 @@ def test_the_function_does_not_drift_over_a_hundred_teleports(objective: str, fr
 
 
 def test_a_history_keeps_every_record_in_few_bytes() -> None:
-    history = History()
+    history = Records()
     for step in range(2000):
         values = (torch.tensor(float(step + i)) for i in range(3))
         before, after, radius = values
@@ -44,6 +44,6 @@ def test_a_history_keeps_every_record_in_few_bytes() -> None:
     records = history.read()
     assert [record.step for record in records] == [step for step in range(2000) if step % 7]
     assert all(record.objective_after == record.step + 1 and record.joints == 3 for record in records)
-    assert len(history._latest) < History.LATEST
+    assert len(history._latest) < Records.LATEST
     assert history.last() == records[-1]
-    assert History().last() is None
+    assert Records().last() is None

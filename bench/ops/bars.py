@@ -9,8 +9,6 @@ streaming ops and teleport_adamw_ have bars against bytes a second: bench/ops/st
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -19,8 +17,8 @@ import bench_gram_difference
 import bench_group_action
 import bench_matrix_exp
 import torch
-from streaming import Calls, interleaved
 
+from teleport_fast.experiments.timing import Calls, clock, interleaved, ratios, spread
 from teleport_fast.ops import activation_action, gram_difference, group_action_, matrix_exp
 from teleport_fast.ops.backend import availability, set_backend
 
@@ -79,12 +77,11 @@ BARS = {"gram_difference": gram_differences, "matrix_exp": exponentials, "group_
 def measure(case: Case, rounds: int) -> tuple[float, float, float]:
     """Quartiles of torch's time over the op's; a short case gets more rounds, 0.2 s of them at most."""
     calls: Calls = {"torch": case.by_torch, "us": case.by_us}
-    start = time.perf_counter()
+    start = clock()
     interleaved(calls, 1)
-    rounds = max(rounds, min(10 * rounds, int(0.4 / (time.perf_counter() - start))))
-    seconds = interleaved(calls, rounds)
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds["torch"], seconds["us"], strict=True)], n=4)
-    return low, middle, high
+    rounds = max(rounds, min(10 * rounds, int(0.4 / (clock() - start))))
+    found = spread(ratios(interleaved(calls, rounds), "us", "torch"))
+    return found["low"], found["median"], found["high"]
 
 
 def main() -> None:

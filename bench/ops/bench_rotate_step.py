@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from streaming import compare, interleaved
 from torch import Tensor
 
+from teleport_fast.experiments.timing import compare, interleaved
 from teleport_fast.ops import rotate_step_
 from teleport_fast.ops.backend import availability, set_backend
 

@@ -18,7 +18,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from teleport_fast.experiments.timing import interleaved
 from teleport_fast.ops import backend as chooser
 
 TABLE = Path(chooser.__file__).parent / "preferences.json"
@@ -44,19 +44,9 @@ def benches(wanted: list[str]) -> Iterator[ModuleType]:
 
 
 def median_seconds(call: Callable[[], object], names: list[str], rounds: int) -> dict[str, float]:
-    """Medians by backend; the rounds interleave, so that what disturbs the machine disturbs all."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    # A short call is easily disturbed: it gets 20 ms of rounds.
-    while len(seconds[names[0]]) < rounds + 2 or (clock() - start < 0.02 and len(seconds[names[0]]) < 10 * rounds):
-        for name in names:
-            with chooser.set_backend(name):
-                begin = clock()
-                call()
-                seconds[name].append(clock() - begin)
-    # The first two rounds warm up.
-    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+    """Medians by backend; a short call is easily disturbed: it gets 20 ms of rounds. The first two rounds warm up."""
+    found = interleaved(dict.fromkeys(names, call), rounds, warm_up=2, least=0.02, around=chooser.set_backend)
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def ratios_of(call: Callable[[], object], names: list[str], rounds: int) -> tuple[float, dict[str, float]]:

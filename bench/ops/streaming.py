@@ -11,40 +11,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from teleport_fast.experiments.timing import Calls, compare, interleaved
 from teleport_fast.ops import diagonal_action_, permutation_action_, square_sums, teleport_adamw_
 from teleport_fast.ops.backend import set_backend
 
 H, N = 256, 900
-Calls = dict[str, Callable[[], object]]
-
-
-def interleaved(calls: Calls, rounds: int) -> dict[str, list[float]]:
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for number in range(rounds + 1):
-        # Each round begins with another route, so that none always finds what the same one left in the caches.
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            start = clock()
-            calls[name]()
-            # The first round warms up.
-            if number:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def compare(seconds: dict[str, list[float]], ours: str, theirs: str, factor: float = 1.0) -> str:
-    """Median of factor · theirs / ours by rounds, with quartiles."""
-    ratios = [factor * b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def weights(flat: Tensor, count: int, layout: str) -> list[Tensor]:

@@ -12,24 +12,16 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 
 import torch
 
 import teleport_fast as tf
 from teleport_fast.data_dependent import MLPAction, RankWarning
+from teleport_fast.experiments.timing import seconds
 from teleport_fast.minima import curvature_at, lie_curve, random_generators
 
 CASES = {(784, 16, 10, 10): 200, (3072, 128, 32, 10): 200}
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Thread time: a neighbour on the machine does not count."""
-    start = time.thread_time()
-    run()
-    return 1e3 * (time.thread_time() - start)
 
 
 def measure(widths: tuple[int, ...], batch: int, form: str, rounds: int) -> dict[str, float]:
@@ -43,9 +35,9 @@ def measure(widths: tuple[int, ...], batch: int, form: str, rounds: int) -> dict
     difference = abs(float(curvature_at(curve, zero)) / tf.curvature(action, Ms) - 1)
     runs: list[tuple[float, float, float]] = []
     for _ in range(rounds):
-        first = milliseconds(lambda: tf.curvature(MLPAction(weights, X, form=form), Ms))
-        closed = milliseconds(lambda: tf.curvature(action, Ms))
-        runs.append((first, closed, milliseconds(lambda: curvature_at(curve, zero))))
+        first = 1e3 * seconds(lambda: tf.curvature(MLPAction(weights, X, form=form), Ms))
+        closed = 1e3 * seconds(lambda: tf.curvature(action, Ms))
+        runs.append((first, closed, 1e3 * seconds(lambda: curvature_at(curve, zero))))
     firsts, closeds, differentiated = (statistics.median(column) for column in zip(*runs, strict=True))
     return {
         "first": firsts,

@@ -14,9 +14,7 @@ import itertools
 import json
 import math
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning, leaky_relu, reference
+from teleport_fast.experiments.timing import seconds
 from teleport_fast.ops.backend import set_backend
 
 CASES = {(784, 16, 10, 10): 200, (3072, 128, 32, 10): 200, (1024, 512, 512, 10): 512}
@@ -31,13 +30,6 @@ STEPS = 10
 # ‖T‖ of the first step, which fixes lr. Where a hidden matrix is square its condition number is 3e4 to 9e4 and the loop
 # stays near its start at 1e-6: at 1e-5 J jumps from 1.1 to 2.4 within ten steps, at 1e-3 the published one reached 1e76.
 FIRST_STEP = {(784, 16, 10, 10): 1e-3, (3072, 128, 32, 10): 1e-3, (1024, 512, 512, 10): 1e-6}
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Thread time: a neighbour on the machine does not count."""
-    start = time.thread_time()
-    run()
-    return time.thread_time() - start
 
 
 def problem(widths: tuple[int, ...], batch: int) -> tuple[list[Tensor], Tensor, CrossEntropy, float]:

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning
+from teleport_fast.experiments.timing import seconds
 from teleport_fast.minima.point import Closure
 from teleport_fast.peers import level_set_teleport, null_space_teleport
 
@@ -72,13 +72,6 @@ def best_step(model: nn.Sequential, loss_fn: Closure, norm: float) -> float:
         for p, old in zip(params, start, strict=True):
             p.copy_(old)
     return min(found)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Thread time: a neighbour on the machine does not count."""
-    start = time.thread_time()
-    run()
-    return time.thread_time() - start
 
 
 def measure(widths: tuple[int, ...], batch: int, seed: int, steps: int) -> dict[str, Row]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import nn
 
 import teleport_fast as tf
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.experiments.timing import seconds
 from teleport_fast.symmetry import GeneralLinear
 
 BAR = 20.0
@@ -58,7 +58,7 @@ def measure(base: str, rounds: int) -> dict[str, dict[str, float]]:
             differences, alone = [], []
             for turn in range(rounds + WARM_UP):
                 both = (plain, teleported) if turn % 2 == 0 else (teleported, plain)
-                times = {id(optimizer): _microseconds(optimizer.step) for optimizer in both}
+                times = {id(optimizer): 1e6 * seconds(optimizer.step) for optimizer in both}
                 alone.append(times[id(plain)])
                 differences.append(times[id(teleported)] - times[id(plain)])
             low, median, high = statistics.quantiles(differences[WARM_UP:], n=4)
@@ -66,12 +66,6 @@ def measure(base: str, rounds: int) -> dict[str, dict[str, float]]:
                 "median": median, "low": low, "high": high, "base": statistics.median(alone[WARM_UP:])
             }  # fmt: skip
     return rows
-
-
-def _microseconds(work: Callable[[], object]) -> float:
-    start = time.thread_time()
-    work()
-    return 1e6 * (time.thread_time() - start)
 
 
 def main() -> int:

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ import torch.nn.functional as F
 import teleport_fast as tf
 from teleport_fast.experiments.arms import arm_named, make_optimizer
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.experiments.timing import seconds, spread
 
 WARM_UP = 2
 PERIOD = 3
@@ -63,24 +61,13 @@ def measure(config: GPTConfig, batch: int, rounds: int) -> dict[str, dict[str, f
     arms = optimizers(model)
     times: dict[str, list[float]] = {"forward_backward": []}
     for _ in range(rounds + WARM_UP):
-        times["forward_backward"].append(_seconds(backward))
+        times["forward_backward"].append(seconds(backward))
         for name, optimizer in arms.items():
-            times.setdefault(name, []).append(sum(_seconds(optimizer.step) for _ in range(PERIOD)) / PERIOD)
+            times.setdefault(name, []).append(sum(seconds(optimizer.step) for _ in range(PERIOD)) / PERIOD)
     base = times["forward_backward"][WARM_UP:]
-    rows = {name: _spread([x / b for x, b in zip(xs[WARM_UP:], base, strict=True)]) for name, xs in times.items()}
-    rows["forward_backward_ms"] = _spread([1e3 * b for b in base])
+    rows = {name: spread([x / b for x, b in zip(xs[WARM_UP:], base, strict=True)]) for name, xs in times.items()}
+    rows["forward_backward_ms"] = spread([1e3 * b for b in base])
     return rows
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.thread_time()
-    work()
-    return time.thread_time() - start
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
 
 
 def main() -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 
 import teleport_fast as tf
 from teleport_fast.experiments.gpt import GPT, GPTConfig
+from teleport_fast.experiments.timing import seconds, spread
 from teleport_fast.objectives import Eigenbasis
 
 OBJECTIVES: dict[str, str | Callable[[], Eigenbasis]] = {
@@ -62,28 +61,17 @@ def measure(config: GPTConfig, batch: int, rounds: int, every: int) -> dict[str,
 
     times: dict[str, list[float]] = {"forward_backward": [], "plain step": []}
     for _ in range(rounds + WARM_UP):
-        times["forward_backward"].append(_seconds(backward))
-        times["plain step"].append(_seconds(plain.step))
+        times["forward_backward"].append(seconds(backward))
+        times["plain step"].append(seconds(plain.step))
         for name, (optimizer, switch) in arms.items():
             for switch.on, row in ((False, f"{name}, not firing"), (True, f"{name}, teleport")):
-                times.setdefault(row, []).append(_seconds(optimizer.step) - times["plain step"][-1])
+                times.setdefault(row, []).append(seconds(optimizer.step) - times["plain step"][-1])
             spent = (every - 1) * times[f"{name}, not firing"][-1] + times[f"{name}, teleport"][-1]
             times.setdefault(f"{name}, every {every}", []).append(spent / every)
     base = times["forward_backward"][WARM_UP:]
-    rows = {row: _spread([x / b for x, b in zip(xs[WARM_UP:], base, strict=True)]) for row, xs in times.items()}
-    rows["forward_backward_ms"] = _spread([1e3 * b for b in base])
+    rows = {row: spread([x / b for x, b in zip(xs[WARM_UP:], base, strict=True)]) for row, xs in times.items()}
+    rows["forward_backward_ms"] = spread([1e3 * b for b in base])
     return rows
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.thread_time()
-    work()
-    return time.thread_time() - start
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4)
-    return {"median": median, "low": low, "high": high}
 
 
 def main() -> None:

@@ -59,11 +59,13 @@ class SquareFactor:
 
     def right(self, A: Tensor) -> Tensor:
         """A H⁻¹, (n, k) -> (n, k)."""
-        return torch.linalg.lu_solve(self.lu, self.pivots, A, left=False)
+        solved: Tensor = torch.linalg.lu_solve(self.lu, self.pivots, A, left=False)
+        return solved
 
     def right_transposed(self, K: Tensor) -> Tensor:
         """K H⁻ᵀ, (n, k) -> (n, k)."""
-        return torch.linalg.lu_solve(self.lu, self.pivots, K.t()).t()
+        solved: Tensor = torch.linalg.lu_solve(self.lu, self.pivots, K.t())
+        return solved.t()
 
     def remainder(self, R: Tensor, K: Tensor) -> Tensor:
         """R − K H⁻ᵀ, R (n, k)."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from teleport_fast.discovery.gains import centres, gain_of, gain_shift
-from teleport_fast.discovery.roles import Attention, Mlp, Role, Slot, join
+from teleport_fast.discovery.roles import Attention, Mlp, Role, join
+from teleport_fast.discovery.slots import Slot
 from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal, Signs
 from teleport_fast.symmetry.groups import GeneralLinear, Group, Rotary
 from teleport_fast.symmetry.joint import Joint

@@ -55,7 +55,7 @@ class Part:
         return every and self.heads == (0, whole.heads) and self.units == (0, whole.width)
 
     def _rows(self, g: Tensor, whole: Bucket) -> Tensor:
-        rows = g.unflatten(0, (len(whole.joints), whole.heads))[list(self.joints), self.heads[0] : self.heads[1]]
+        rows: Tensor = g.unflatten(0, (len(whole.joints), whole.heads))[list(self.joints), self.heads[0] : self.heads[1]]
         return rows[:, :, self.units[0] : self.units[1]].flatten(0, 1).contiguous()
 
 
@@ -86,8 +86,8 @@ def local_of(bucket: Bucket, layouts: Mapping[str, Layout], keep: Keep) -> Local
     whole_units = bucket.group.form != "diagonal"
     for index, joint in enumerate(bucket.joints):
         by_name: dict[str, Sides] = {}
-        for side, views in enumerate((joint.plus, joint.minus, joint.carried)):
-            for view in views:
+        for side, shown in enumerate((joint.plus, joint.minus, joint.carried)):
+            for view in shown:
                 by_name.setdefault(view.parameter, ([], [], []))[side].append(view)
         for name, sides in by_name.items():
             layout = layouts.get(name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -74,6 +76,7 @@ def run_comparison(request: Request, console: Console, json_on_stdout: bool) -> 
     else:
         print_report(comparison, Console())
         print(f"{out / 'comparison.png'}\n{out / 'comparison.json'}")
+        print(f"a page about it: python -m teleport_fast report {shlex.quote(str(out))}")
     if comparison.interrupted:
         return INTERRUPTED
     return 0 if function_kept(comparison) else 1
@@ -92,7 +95,7 @@ def run_sweep(request: Request, console: Console, json_on_stdout: bool) -> int:
     return INTERRUPTED if result["interrupted"] else 0
 
 
-def _print_rates(found: Sequence[tuple[str, dict]]) -> None:
+def _print_rates(found: Sequence[tuple[str, dict[str, Any]]]) -> None:
     for label, best in found:
         where = ", still at the edge of the grid" if best["at_edge"] else ""
         print(f"{label}: learning rate {best['rate']:g}, validation loss {_loss(best['loss'])}{where}")

@@ -136,7 +136,8 @@ class Attention(nn.Module):
             q, k = self._rotate(q), self._rotate(k)
         shared = self.kv_heads != self.heads
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
-        return self.o(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return out
 
 
 class MLP(nn.Module):
@@ -151,13 +152,15 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.mlp_width, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.up(x)
+        z: Tensor = self.up(x)
         if self.activation == "swiglu":
-            return self.down(F.silu(self.gate(x)) * z)
-        if self.activation == "gelu":
-            return self.down(F.gelu(z))
-        z = F.relu(z)
-        return self.down(z.square() if self.activation == "relu2" else z)
+            z = F.silu(self.gate(x)) * z
+        elif self.activation == "gelu":
+            z = F.gelu(z)
+        else:
+            z = F.relu(z)
+        out: Tensor = self.down(z.square() if self.activation == "relu2" else z)
+        return out
 
 
 class Block(nn.Module):
@@ -170,7 +173,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -223,4 +227,5 @@ class GPT(nn.Module):
             x = x + self.position.weight[:time]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits

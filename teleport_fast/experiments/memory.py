@@ -14,6 +14,16 @@ def peak(work: Callable[[], object]) -> int:
     >>> peak(lambda: torch.ones(1000)) >= 4000
     True
     """
+    return usage(work)[0]
+
+
+def usage(work: Callable[[], object]) -> tuple[int, int]:
+    """(the most bytes given out at once during the work, how many more are out after it than before).
+
+    >>> held = []
+    >>> usage(lambda: held.append(torch.ones(1000)))[1] >= 4000
+    True
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     results: Any = profile.profiler.kineto_results
@@ -22,4 +32,4 @@ def peak(work: Callable[[], object]) -> int:
     for event in events:
         live += event.nbytes()
         most = max(most, live)
-    return most
+    return most, live

@@ -137,7 +137,7 @@ def text_json(text: Text) -> dict[str, Any]:
 
 def as_json(comparison: Comparison, text: Text, command: str) -> dict[str, Any]:
     """Everything: command, versions, setting, text, arms, the table's rows, and every run with its curves."""
-    return finite(
+    written: dict[str, Any] = finite(
         {
             "command": command,
             "versions": versions(),
@@ -152,6 +152,7 @@ def as_json(comparison: Comparison, text: Text, command: str) -> dict[str, Any]:
             "runs": [run_json(run) for run in comparison.runs],
         }
     )
+    return written
 
 
 def finite(value: Any) -> Any:

@@ -112,8 +112,8 @@ def sweep(
                     shown.finished(run)
                     if run.interrupted:
                         raise KeyboardInterrupt
-                    result = {key: value for key, value in run_json(run).items() if key in KEPT}
-                    rows.append(finite({**result, "options": asdict(arm), **same, "command": command}))
+                    slim_run = {key: value for key, value in run_json(run).items() if key in KEPT}
+                    rows.append(finite({**slim_run, "options": asdict(arm), **same, "command": command}))
                     with path.open("a") as file:
                         file.write(json.dumps(rows[-1], allow_nan=False) + "\n")
                 losses = means(rows, label, seeds)
@@ -124,7 +124,7 @@ def sweep(
         interrupted = True
     choice = {arm.label: chosen(rows, arm.label, seeds) for arm in arms}
     slim = [{key: value for key, value in row.items() if key in KEPT} for row in rows]
-    result = {
+    whole = {
         "command": command,
         "versions": versions(),
         "setting": same["setting"],
@@ -135,7 +135,7 @@ def sweep(
         "interrupted": interrupted,
         "rows": slim,
     }
-    result = finite(result)
+    result: dict[str, Any] = finite(whole)
     write_json(result, folder / "sweep.json")
     return result
 

@@ -177,7 +177,8 @@ class _Run:
         """A random unit vector at right angles to the columns of `against`."""
         q = torch.randn(self.size, dtype=self.dtype, device=self.device, generator=self.generator)
         q = _orthogonal(q, against, None)
-        return q / torch.linalg.vector_norm(q)
+        length: Tensor = torch.linalg.vector_norm(q)
+        return q / length
 
 
 def _orthogonal(v: Tensor, Q: Tensor, locked: Tensor | None) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,16 @@ from teleport_fast.schedule import Every, Schedule
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def kept_where(void: Tensor, before: Mapping[Key, Tensor], after: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """`before` where void holds (zeros for what was not there), else `after`; nothing is read back."""
+    return {
+        key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
+        for key, new in after.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,9 @@ class Objective(ABC):
     `directions` lists what it accepts, the default first; `closed_form` those whose optimum is known, where the radius
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
-    or "parameters"; `adds` says that `value` is a sum over their entries, `reads_tensors` whether `element` reads values of what
-    moves. An objective that overrides `reads` and `decide` works where tensors lie on many ranks too; one that overrides `element`
-    sees whole tensors, and is refused there.
+    or "parameters"; `stretches` is False where every element is a rotation; `adds` says that `value` is a sum over
+    their entries, `reads_tensors` whether `element` reads values of what moves. An objective that overrides `reads` and `decide`
+    works where tensors lie on many ranks too; one that overrides `element` sees whole tensors, and is refused there.
 
     A move that fails before it has written anything leaves the objective's memory as it was: `element` and `decide` replace the
     tensors that they remember, and never write into them.
@@ -51,6 +62,7 @@ class Objective(ABC):
     frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
     reads_tensors = True
+    stretches = True
     adds = True
 
     def default_radius(self, direction: str) -> float:
@@ -102,6 +114,14 @@ class Objective(ABC):
     @abstractmethod
     def value(self, move: Move) -> Tensor:
         """What is being raised or lowered, a 0-d tensor, for the record."""
+
+    def unless(self, void: Tensor, work: Callable[[], None]) -> None:
+        """Do the work, and leave the objective's memory as it was where `void` (0-d bool) holds."""
+        before = self.state_dict()
+        work()
+        after = self.state_dict()
+        if after:
+            self.load_state_dict(kept_where(void, before, after))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

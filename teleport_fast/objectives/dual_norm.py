@@ -64,9 +64,11 @@ class GradNorm(Objective):
             t = diagonal_extremum(a, 2 * k_plus, b, 2 * k_minus, move.radius, move.descend)
             return Element("diagonal", t.exp()), t.abs().amax()
         if move.descend:
-            return geodesic_descent(bucket.group, sums[0], sums[1], move.radius, move.max_condition)
+            gram_plus, gram_minus = sums
+            return geodesic_descent(bucket.group, gram_plus, gram_minus, move.radius, move.max_condition)
         if self.steps > 1:
-            return trust_region_ascent(bucket.group, sums[0], sums[1], move.radius, self.steps)
+            gram_plus, gram_minus = sums
+            return trust_region_ascent(bucket.group, gram_plus, gram_minus, move.radius, self.steps)
         algebra = lie_step(bucket.group, sums[0], move.radius)
         assert isinstance(bucket.group, DenseGroup)
         return exponential(algebra), bucket.group.factor_norm(algebra)
@@ -141,7 +143,8 @@ class GradL1(Objective):
 
 def _l1(wide: Tensor) -> Tensor:
     """The l1 norm of every head, (joints·heads,), without a copy of absolute values."""
-    return torch.linalg.vector_norm(wide, 1, (1, 2))
+    norms: Tensor = torch.linalg.vector_norm(wide, 1, (1, 2))
+    return norms
 
 
 def _side_by_side(views: list[Tensor], joints: int) -> Tensor:

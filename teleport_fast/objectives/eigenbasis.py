@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from teleport_fast.objectives.base import Move, Objective
+from teleport_fast.flag import Flag
+from teleport_fast.objectives.base import Move, Objective, kept_where
 from teleport_fast.ops.covariance import NORMALISE, covariance_
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.groups import DenseGroup
@@ -36,6 +37,7 @@ class Eigenbasis(Objective):
     name = "eigenbasis"
     directions = ("ascend",)
     holds = True
+    stretches = False
     adds = False
 
     def __init__(
@@ -61,6 +63,8 @@ class Eigenbasis(Objective):
         self.reads_tensors = takes == "turns"
         self.covariances: dict[int, Tensor] = {}
         self._next_part: dict[int, int] = {}
+        # gradients that may turn out void, and the parts as they were before them
+        self._unsettled: list[tuple[Flag, dict[int, int]]] = []
 
     def unusable(self, joint: Joint) -> str | None:
         if not joint.group.holds_rotations:
@@ -74,8 +78,7 @@ class Eigenbasis(Objective):
             self._take_up(index, bucket, gradients)
 
     def _take_up(self, index: int, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
-        part = self._next_part.get(index, 0)
-        self._next_part[index] = (part + 1) % self.parts
+        part = self.next_part(index)
         counted = [
             [_part(view.of(gradients[view.parameter]), part, self.parts) for view in joint.views() if view.counts]
             for joint in bucket.joints
@@ -94,8 +97,12 @@ class Eigenbasis(Objective):
         for rows, tensors in zip(covariance.split(bucket.heads), counted, strict=True):
             covariance_(rows, tensors, self.decay, 1, self.normalise)
 
-    def needs_whole(self, joint: Joint) -> str | None:
-        return "the parts of its columns would be others on every rank; pass parts=1" if self.parts > 1 else None
+    def next_part(self, index: int) -> int:
+        """Which part of its columns bucket `index` gives now; the next time it is the next one."""
+        self._settle()
+        part = self._next_part.get(index, 0)
+        self._next_part[index] = (part + 1) % self.parts
+        return part
 
     def take_in(self, index: int, mean: Tensor) -> None:
         """C ← β C + (1 − β) `mean` of bucket `index`, (joints·heads, h, h): Σ G Gᵀ/‖G‖² that was summed elsewhere."""
@@ -132,13 +139,29 @@ class Eigenbasis(Objective):
         assert isinstance(whole, Tensor) and isinstance(inside, Tensor)
         return torch.where(whole > 0, inside / whole, 0.0)
 
+    def unless(self, void: Tensor, work: Callable[[], None]) -> None:
+        """The covariances are gated where they lie; which part comes next is set right when the host has heard of it."""
+        before, parts = {index: c.clone() for index, c in self.covariances.items()}, dict(self._next_part)
+        work()
+        self.covariances = kept_where(void, before, self.covariances)
+        if parts != self._next_part:
+            self._unsettled.append((Flag(void), parts))
+
+    def _settle(self) -> None:
+        for void, parts in reversed(self._unsettled):
+            if void.is_set():
+                self._next_part = parts
+        self._unsettled = []
+
     def state_dict(self) -> dict[str, Tensor]:
+        self._settle()
         kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
         if self.parts > 1:
             kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
         return kept
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._unsettled = []
         parts = {key: value for key, value in state.items() if key.startswith("part.")}
         self._next_part = {int(key.removeprefix("part.")): int(value) for key, value in parts.items()}
         self.covariances = {int(key): value.clone() for key, value in state.items() if key not in parts}
@@ -151,6 +174,7 @@ class RandomRotation(Objective):
     reads_tensors = False
     directions = ("ascend",)
     holds = True
+    stretches = False
 
     def unusable(self, joint: Joint) -> str | None:
         return None if joint.group.holds_rotations else f"{joint.group} holds no rotations"
@@ -168,22 +192,30 @@ class RandomRotation(Objective):
         return torch.stack([norm.double() for norm in norms]).sum()
 
 
-def _part(view: Tensor, part: int, parts: int) -> Tensor:
-    """One of so many parts of a view's columns (heads, h, outer, inner), of fewer where they would be too narrow.
+def part_of_columns(view: Tensor, part: int, parts: int) -> tuple[int, slice] | None:
+    """The axis and entries of one of so many parts of a view's columns (heads, h, outer, inner); None: all of them.
 
-    Columns that lie apart are dealt out in turn: neighbours in a vocabulary are alike, and a part of rare ones would count as
-    much as one of common ones. Columns that lie side by side in memory are cut into runs.
+    Fewer parts where they would be too narrow. Columns that lie apart are dealt out in turn: neighbours in a vocabulary are
+    alike, and a part of rare ones would count as much as one of common ones. Columns that lie side by side in memory are cut
+    into runs.
     """
     axis = 3 if view.shape[3] >= view.shape[2] else 2
     columns = view.shape[axis]
     parts = min(parts, columns // LEAST_PART)
     if parts < 2:
-        return view
+        return None
     part %= parts
     if view.stride(axis) != 1:
-        return view[:, :, :, part::parts] if axis == 3 else view[:, :, part::parts]
-    start, end = columns * part // parts, columns * (part + 1) // parts
-    return view.narrow(axis, start, end - start)
+        return axis, slice(part, columns, parts)
+    return axis, slice(columns * part // parts, columns * (part + 1) // parts, 1)
+
+
+def _part(view: Tensor, part: int, parts: int) -> Tensor:
+    found = part_of_columns(view, part, parts)
+    if found is None:
+        return view
+    axis, entries = found
+    return view[:, :, :, entries] if axis == 3 else view[:, :, entries]
 
 
 def _shifted(covariance: Tensor) -> Tensor:
@@ -197,4 +229,5 @@ def _shifted(covariance: Tensor) -> Tensor:
 def _rotation_size(q: Tensor) -> Tensor:
     """‖Q − I‖_F of the largest turn: the length of log Q to first order, without a logarithm."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    return torch.linalg.matrix_norm(q - eye).amax()
+    sizes: Tensor = torch.linalg.matrix_norm(q - eye)
+    return sizes.amax()

@@ -46,7 +46,9 @@ class Scaled(Objective):
         self._begun: set[str] = set()
 
     def default_schedule(self) -> Schedule:
-        return When(_always)
+        schedule = When(_always)
+        schedule.agrees = True
+        return schedule
 
     def unusable(self, joint: Joint) -> str | None:
         if not (isinstance(joint.group, DenseGroup) and joint.group.holds_stretches):

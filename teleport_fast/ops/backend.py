@@ -193,7 +193,9 @@ class Op:
         Errors: RuntimeError if the backend asked for cannot be used on these tensors.
         """
         layout = layout_of(tensors) if self._by_layout else ""
-        return self._choose(current_backend(), tensors[0].device.type, frozenset([t.dtype for t in tensors]), size, layout)
+        dtypes = frozenset([t.dtype for t in tensors])
+        chosen: Callable[..., Any] = self._choose(current_backend(), tensors[0].device.type, dtypes, size, layout)
+        return chosen
 
     def _choose_uncached(self, asked: str, device: str, dtypes: frozenset[torch.dtype], size: int, layout: str = "") -> Any:
         if asked != "auto":

@@ -159,7 +159,8 @@ def _right_inverse(H: Tensor, limits: tuple[float, float]) -> Tensor:
     A = H if square or not finite else H @ H.mT
     if H.shape[0] > H.shape[1] or not finite or not torch.linalg.cond(A, "fro") <= limits[square]:
         raise _Refused
-    return torch.linalg.inv(A) if square else H.mT @ torch.linalg.inv(A)
+    inverse: Tensor = torch.linalg.inv(A)
+    return inverse if square else H.mT @ inverse
 
 
 def _loss(Y: Tensor, target: Tensor):  # type: ignore[no-untyped-def]

@@ -48,7 +48,8 @@ def matrix_exp_pair(M: Tensor) -> tuple[Tensor, Tensor]:
 
 def reference(M: Tensor) -> Tensor:
     """torch's own."""
-    return torch.linalg.matrix_exp(M)
+    exponential: Tensor = torch.linalg.matrix_exp(M)
+    return exponential
 
 
 def reference_pair(M: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +112,8 @@ def _frechet(M: Tensor, grad: Tensor) -> Tensor:
     M, grad = M.mT.to(accumulation_dtype(M.dtype)), grad.to(accumulation_dtype(M.dtype))
     rows = torch.cat((M, grad), -1), torch.cat((torch.zeros_like(M), M), -1)
     h = M.shape[-1]
-    return torch.linalg.matrix_exp(torch.cat(rows, -2))[..., :h, h:]
+    derivative: Tensor = torch.linalg.matrix_exp(torch.cat(rows, -2))[..., :h, h:]
+    return derivative
 
 
 def _backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]

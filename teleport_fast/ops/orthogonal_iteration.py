@@ -80,6 +80,7 @@ def householder(rows: Tensor) -> Tensor:
     >>> torch.allclose(found, torch.tensor([[[1.0, 0.0], [0.0, -1.0]]]), atol=1e-6)
     True
     """
+    q: Tensor
     q, r = torch.linalg.qr(rows.mT)
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
     return q.mul_(signs.unsqueeze(-2)).mT

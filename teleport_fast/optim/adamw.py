@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from teleport_fast.distributed.layout import as_dtensor
 from teleport_fast.objectives import Objective
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
 from teleport_fast.optim.plain_adamw import begin, plain_adamw_
 from teleport_fast.optim.refresh import count_up_
 from teleport_fast.optimizer import attach_as
+from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.symmetry.view import View
-from teleport_fast.teleporter import Teleporter, TeleportRecord
+from teleport_fast.teleporter import Teleporter
 from teleport_fast.writes import Write, Writes
 
 Numbers = tuple[int, float, tuple[float, float], float, float]
@@ -78,13 +80,15 @@ class DeferringTeleporter(Teleporter):
 
     @staticmethod
     def _whole(bucket: Bucket, parameters: dict[str, Tensor]) -> set[str]:
-        """Parameters of which the bucket has one view that holds every entry once."""
+        """Parameters of which the bucket has one view that holds every entry once; what is sharded moves before the step."""
         found: set[str] = set()
         for joint in bucket.joints:
             views = [*joint.views()]
             named = [view.parameter for view in views]
             for view in views:
                 tensor = parameters[view.parameter]
+                if as_dtensor(tensor) is not None:
+                    continue
                 covers = view.of(tensor).numel() == tensor.numel() and tensor.is_contiguous()
                 if named.count(view.parameter) == 1 and covers:
                     found.add(view.parameter)
@@ -162,6 +166,7 @@ class AdamW(torch.optim.AdamW):
                 on_teleport,
                 seed,
                 max_norm,
+                None,
                 max_condition,
             )
 

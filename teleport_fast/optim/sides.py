@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from teleport_fast.optim.names import is_table, layer, plain, role, site
@@ -234,6 +234,7 @@ def _side(
                 f"stream={rules.stream!r} needs names, got plain parameters; pass model.named_parameters(), "
                 f"or stream='matrix'"
             )
+        shared: dict[str, Callable[[], str]]
         shared = {"site": lambda: site(name, role_of), "layer": lambda: layer(name), "model": lambda: "the stream"}
         group = shared[rules.stream]()
         # a matrix that is alone keeps a basis per side

@@ -40,7 +40,7 @@ def turn_blocks(G: Tensor, left: Tensor | None, right: Tensor | None, back: bool
     """
     if right is None or len(right) == 1:
         return turn(G, left, None if right is None else right[0], back)
-    blocks = turn(G, left, None, back).unflatten(2, (len(right), -1)).unsqueeze(-2)
+    blocks: Tensor = turn(G, left, None, back).unflatten(2, (len(right), -1)).unsqueeze(-2)
     return (blocks @ (right if back else right.mT)).flatten(2)
 
 

@@ -90,6 +90,7 @@ def input_basis(X: Tensor, tolerance: float | None = None, energy: float = 1.0) 
     if not samples:
         return X.new_zeros(n, 0)
     if energy == 1 and samples < n:
+        Q: Tensor
         Q, R = torch.linalg.qr(X.mT)
         diagonal = R.diagonal().abs()
         # QR's columns hold every input whatever its rank; its diagonal says whether a smaller basis would.
@@ -102,7 +103,8 @@ def input_basis(X: Tensor, tolerance: float | None = None, energy: float = 1.0) 
     if energy < 1:
         held = S.square().cumsum(0) / S.square().sum()
         rank = min(rank, int((held < energy).sum()) + 1)
-    return Vh[:rank].mT
+    basis: Tensor = Vh[:rank].mT
+    return basis
 
 
 def project(A: Tensor, Q: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ STYLE: Any = {
     "axes.edgecolor": "#9aa1ad",
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -71,5 +72,5 @@ def inline(drawn: Any, name: str, label: str) -> Markup:
         root.attrib.pop(key, None)
     root.set("role", "img")
     root.set("aria-label", label)
-    root.set("id", name)
+    root.set("id", f"{name}-plot")
     return Markup(ET.tostring(root, encoding="unicode"))  # nosec B704: text in it is escaped by the serializer

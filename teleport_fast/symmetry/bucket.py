@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from teleport_fast.ops import diagonal_action_, group_action_, permutation_action_
+from teleport_fast.symmetry.condition import condition_number, diagonal_condition_number
 from teleport_fast.symmetry.groups import Group
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.view import View
@@ -59,7 +60,7 @@ class Element:
         inverse = self.g_inverse_t
         return torch.isfinite(self.g.sum() if inverse is None else self.g.sum() + inverse.sum())
 
-    def condition(self) -> Tensor:
+    def conditions(self) -> Tensor:
         """The condition number of each head's g, (heads,); 1 where g is diagonal (its entries are factors of their own), a
         permutation, or given as its own inverse transpose (a rotation). For finite elements."""
         if self.form != "dense" or self.turns or not self.g.numel():
@@ -77,6 +78,12 @@ class Element:
         """The element on another device, where the tensors lie that it moves."""
         inverse = self.g_inverse_t
         return self if self.g.device == device else Element(self.form, self.g.to(device), None if inverse is None else inverse.to(device))
+
+    def condition(self) -> Tensor:
+        """The condition number of the worst head, 0-d where the element lies."""
+        if self.form == "diagonal":
+            return diagonal_condition_number(self.g)
+        return condition_number(self.g) if self.form == "dense" else torch.ones((), device=self.g.device)
 
     def squared(self) -> Element:
         """The element whose matrices have squared entries: it carries second moments of uncorrelated entries."""
@@ -106,6 +113,9 @@ class Split:
         return self.plus.finite() & self.minus.finite()
 
     def condition(self) -> Tensor:
+        return torch.maximum(self.plus.condition(), self.minus.condition())
+
+    def conditions(self) -> Tensor:
         """1: each side's frame has the bound of the objective that made it (`Scaled.ridge`)."""
         return torch.ones(len(self.plus.g), dtype=torch.float32, device=self.plus.g.device)
 

@@ -95,13 +95,15 @@ class DenseGroup(Group):
         return torch.linalg.matrix_norm(algebra).amax() if algebra.numel() else algebra.new_zeros(())
 
     def inverse(self, g: Tensor) -> Tensor:
-        return torch.linalg.inv(g)
+        inverse: Tensor = torch.linalg.inv(g)
+        return inverse
 
     def random(
         self, heads: int, radius: float, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         noise = torch.randn(heads, self.width, self.width, generator=generator, dtype=torch.float64)
-        return torch.linalg.matrix_exp(self.scale_to(self.project(noise), radius)).to(dtype)
+        element: Tensor = torch.linalg.matrix_exp(self.scale_to(self.project(noise), radius))
+        return element.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,7 @@ def _rescale(norm: Tensor, radius: float, only_down: bool) -> Tensor:
 
 
 def _positive_qr(matrix: Tensor) -> Tensor:
+    q: Tensor
     q, r = torch.linalg.qr(matrix)
     return q * torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
 
@@ -288,4 +291,5 @@ def _reflect_ones(matrix: Tensor) -> Tensor:
     u[0] -= 1.0
     u = u / u.norm() * math.sqrt(2)
     half = matrix - (matrix @ u).unsqueeze(-1) * u
-    return half - u.unsqueeze(-1) * (u @ half).unsqueeze(-2)
+    reflected: Tensor = half - u.unsqueeze(-1) * (u @ half).unsqueeze(-2)
+    return reflected

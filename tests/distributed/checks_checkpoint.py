@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import on
-from rotated_cases import HEADS, gpt, mesh, parameters_of, replicated_state, same_on_all_ranks, train, whole
+from rotated_cases import HEADS, gpt, mesh, replicated_state, same_on_all_ranks, train, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -73,22 +73,28 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@on(2, 4)
+@on(4)
 def a_resumed_rotated_run_is_the_uninterrupted_one_and_reshards() -> None:
+    resumes_and_reshards(rotated)
+
+
+def resumes_and_reshards(make: Make) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     path = shared_path()
     model = sharded(mesh(world))
-    optimizer = rotated(model)
+    optimizer = make(model)
     train(model, optimizer, range(3), rank, world)
     at_save = everything(model, optimizer)
-    saving = dcp.async_save(state_of(model, optimizer), checkpoint_id=f"{path}/async")
+    # its thread talks while this one trains and saves: over the same group the two would mix
+    apart = dist.new_group()
+    saving = dcp.async_save(state_of(model, optimizer), checkpoint_id=f"{path}/async", process_group=apart)
     dcp.save(state_of(model, optimizer), checkpoint_id=f"{path}/plain")
     saving.result()
     train(model, optimizer, range(3, 6), rank, world)
     at_end = everything(model, optimizer)
     for name in ("plain", "async"):
         resumed = sharded(mesh(world))
-        second = rotated(resumed)
+        second = make(resumed)
         restore(f"{path}/{name}", resumed, second)
         assert equal(everything(resumed, second), at_save), name
         train(resumed, second, range(3, 6), rank, world)
@@ -98,7 +104,7 @@ def a_resumed_rotated_run_is_the_uninterrupted_one_and_reshards() -> None:
     half = DeviceMesh("cpu", list(range(world // 2)))
     if rank < world // 2:
         fewer = sharded(half)
-        third = rotated(fewer)
+        third = make(fewer)
         restore(f"{path}/plain", fewer, third, half.get_group())
         assert equal(everything(fewer, third), at_save)
         train(fewer, third, range(3, 6), rank, world // 2)
@@ -107,7 +113,7 @@ def a_resumed_rotated_run_is_the_uninterrupted_one_and_reshards() -> None:
     # one process, without torch.distributed
     if rank == 0:
         alone = gpt()
-        fourth = rotated(alone)
+        fourth = make(alone)
         state = state_of(alone, fourth)
         dcp.load(state, checkpoint_id=f"{path}/plain", no_dist=True)
         alone.load_state_dict(state["model"])
@@ -170,17 +176,33 @@ def a_whole_state_goes_through_a_file_with_weights_only_and_comes_back_in_shards
 
 def under_attach(model: nn.Module) -> Any:
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.01)
-    optimizer.teleporter = tf.attach(optimizer, JOINTS, schedule=tf.Every(2), radius=0.1)  # type: ignore[attr-defined]
+    tf.attach(optimizer, joints(model), schedule=tf.Every(2), radius=0.1)
     return optimizer
 
 
 def fused(model: nn.Module) -> Any:
-    return tf.optim.AdamW(model.named_parameters(), lr=0.01, symmetries=JOINTS, schedule=tf.Every(2), radius=0.1)
+    return tf.optim.AdamW(model.named_parameters(), lr=0.01, symmetries=joints(model), schedule=tf.Every(2), radius=0.1)
 
 
-def _joints() -> tf.Symmetries:
-    up, down = tf.View("blocks.0.mlp.up.weight", 0, 1, 16), tf.View("blocks.0.mlp.down.weight", 1, 1, 16)
-    return tf.Symmetries((tf.Joint("neurons", "neurons", tf.symmetry.PositiveDiagonal(16, 2), 1, 16, (up,), (down,)),))
+def joints(model: nn.Module) -> tf.Symmetries:
+    """Made by hand: a checkpoint does not ask whether the function stays."""
+
+    def joint(name: str, group: tf.symmetry.Group, plus: str, minus: str, heads: int, width: int) -> tf.Joint:
+        first, second = tf.View(f"blocks.0.{plus}.weight", 0, heads, width), tf.View(f"blocks.0.{minus}.weight", 1, heads, width)
+        return tf.Joint(name, name, group, heads, width, (first,), (second,))
+
+    found = (
+        joint("neurons", tf.symmetry.Diagonal(16), "mlp.up", "mlp.down", 1, 16),
+        joint("value-output", tf.symmetry.GeneralLinear(2), "attention.v", "attention.o", 4, 2),
+    )
+    return tf.Symmetries(found, model=model)
 
 
-JOINTS: Any = None
+@on(4)
+def a_resumed_attached_run_is_the_uninterrupted_one_and_reshards() -> None:
+    resumes_and_reshards(under_attach)
+
+
+@on(4)
+def a_resumed_fused_run_is_the_uninterrupted_one_and_reshards() -> None:
+    resumes_and_reshards(fused)

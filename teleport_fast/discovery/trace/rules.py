@@ -65,7 +65,7 @@ def shapes(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _memory(alias: Alias) -> int:
-    return alias.view.untyped_storage()._cdata
+    return int(alias.view.untyped_storage()._cdata)
 
 
 def packet(tape: Tape) -> Any:

@@ -48,7 +48,7 @@ class Tape(TorchDispatchMode):
     """Runs under `record`; afterwards `uses` says which axis of which parameter follows which units."""
 
     def __init__(self, tensors: Mapping[str, Tensor], buffers: Iterable[str], rules: Mapping[str, Rule]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._rules = rules
         self.units = Units()
         self.uses: list[Use] = []

@@ -53,7 +53,7 @@ def compare(options: Options, arms: Arms, drawn: Drawn, epochs: int, at: int) ->
         # Other images and other draws than the teleports': what is measured was not optimised.
         look = data.batch(2 * IMAGES, 9000 + seed, "v_exact")
         measure = drawn(*look(weights), 9000 + seed)
-        value = lambda now: _measured(measure, now, look)  # noqa: B023, E731
+        value: Callable[[Weights], float] = lambda now: _measured(measure, now, look)  # noqa: B023, E731
         before.append(value(weights))
         for name, teleport in arms(data, seed).items():
             with warnings.catch_warnings():

@@ -32,7 +32,7 @@ class Problem:
 
     def loss(self) -> Tensor:
         """Mean cross entropy of classes, ½‖Y − targets‖² of real targets."""
-        outputs = self.model(self.inputs)
+        outputs: Tensor = self.model(self.inputs)
         if self.targets.is_floating_point():
             return 0.5 * (outputs - self.targets).square().sum()
         return nn.functional.cross_entropy(outputs, self.targets)

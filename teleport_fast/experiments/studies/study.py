@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 Bar = Callable[[Iterable[T], str], Iterable[T]]
@@ -27,7 +27,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     data: Path | None = None
     say: Callable[[str], None] = lambda line: None
-    bar: Bar | None = None
+    bar: Bar[Any] | None = None
 
     def track(self, items: Iterable[T], text: str) -> Iterator[T]:
         """The items, with a progress bar where the caller has one and a line at the start elsewhere."""

@@ -1,0 +1,37 @@
+"""The condition number of an element: that of its worst head, whatever its form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from teleport_fast.symmetry import GeneralLinear
+from teleport_fast.symmetry.bucket import Element, Split
+from teleport_fast.symmetry.condition import condition_number
+
+
+def test_it_is_torchs_of_the_worst_head() -> None:
+    group = GeneralLinear(5)
+    g = group.random(3, 0.5, dtype=torch.float64) * torch.tensor([1.0, 7.0, 0.1], dtype=torch.float64)[:, None, None]
+    assert float(Element.of(group, g).condition()) == pytest.approx(float(torch.linalg.cond(g).max()))
+    assert float(Element.of(group, g).condition()) > 1.01
+
+
+def test_a_rotation_has_one_and_a_stretched_one_has_its_stretch() -> None:
+    rotation = torch.linalg.qr(torch.randn(2, 6, 6, dtype=torch.float64))[0]
+    stretched = rotation * torch.tensor([1.0, 1, 1, 1, 1, 5], dtype=torch.float64)
+    assert float(Element.of(GeneralLinear(6), rotation).condition()) == pytest.approx(1)
+    assert float(Element.of(GeneralLinear(6), torch.cat([rotation, stretched])).condition()) == pytest.approx(5)
+
+
+def test_diagonals_permutations_and_sides() -> None:
+    diagonal = Element("diagonal", torch.tensor([[1.0, -4.0, 2.0], [1.0, 1.0, 3.0]]))
+    assert float(diagonal.condition()) == 4
+    assert float(Element("permutation", torch.tensor([[1, 0]])).condition()) == 1
+    assert float(Split(diagonal, Element("diagonal", torch.tensor([[7.0, 1.0]]))).condition()) == 7
+
+
+def test_half_precision_is_widened() -> None:
+    g = torch.diag(torch.tensor([300.0, 1.0])).bfloat16()[None]
+    condition = condition_number(g)
+    assert condition.dtype == torch.float32 and float(condition) == 300
