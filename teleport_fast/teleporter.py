@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import (
-    found_inf,
-    full_precision,
-    has_no_rate,
-    is_nested,
-    run_closure_once,
-    unless,
-    unless_remembered,
-)
+from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
 from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients
 from teleport_fast.history import History
@@ -200,8 +192,9 @@ class Teleporter:
 
     @torch.no_grad()
     def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
-        everything, norm, place = step.everything, step.norm, self.plan.place
+        everything, norm = step.everything, step.norm
         parameters = self.plan.parameters(optimizer)
+        place = self.plan.place  # after the parameters: where they lie is looked up with them
         gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
         if len(serving) < len(self.plan.buckets):
@@ -223,12 +216,10 @@ class Teleporter:
                     self._teleport(parameters, gradients, everything(), serving, None)
                 return
             void = verdict > 0
-            unless_remembered(self.objective, void, lambda: place.observe(self.objective, serving, gradients))
+            self.objective.unless(void, lambda: place.observe(self.objective, serving, gradients))
             if fires:
                 void = void | (place.norm(everything()) == 0).to(void.device, non_blocking=True)
-                unless_remembered(
-                    self.objective, void, lambda: self._teleport(parameters, gradients, everything(), serving, void)
-                )
+                self.objective.unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
 
     def _teleport(
         self,

@@ -57,11 +57,7 @@ class Covariances:
         Source: math.md section 5; tests/distributed/checks_fsdp.py holds it to what one process has.
         """
         chosen = [self._chosen(runs, objective.next_part(index), objective.parts) for index, _, runs in serving]
-        sizes = [
-            torch.stack([self._sizes(run, bucket, columns) for run in runs])
-            for (_, bucket, runs), columns in zip(serving, chosen, strict=True)
-        ]
-        all_reduce_([(size, self._over) for size in sizes])
+        sizes = self._sizes(serving, chosen)
         totals = []
         for (_, bucket, runs), size, columns in zip(serving, sizes, chosen, strict=True):
             if objective.normalise == "joint":
@@ -103,16 +99,32 @@ class Covariances:
     def _layouts(self, bucket: Bucket) -> dict[str, Layout]:
         return {name: layout_of(self._gradients[name]) for name in bucket.parameters()}
 
-    def _sizes(self, run: Run, whole: Bucket, columns: Mapping[str, Taken | None]) -> Tensor:
-        """‖G‖² of one view of every joint, (joints,) float64, from what this rank holds; 0 for joints without that view."""
-        layouts = self._layouts(run.rows)
-        found = torch.zeros(len(whole.joints), dtype=torch.float64, device=self._part(run.rows.parameters()[0]).device)
-        for part in self._local_of(run.rows, layouts, self._counts).parts:
-            views = self._views(part, run, {name: self._part(name) for name in part.bucket.parameters()}, layouts, columns)
-            for i, view in enumerate(views):
-                place = run.places[part.joints[i * len(part.joints) // len(views)]]
-                found[place] += torch.linalg.vector_norm(view, dtype=torch.promote_types(view.dtype, torch.float32)).double().square()
-        return found
+    def _sizes(
+        self, serving: Sequence[tuple[int, Bucket, list[Run]]], chosen: Sequence[Mapping[str, Taken | None]]
+    ) -> list[Tensor]:
+        """‖G‖² of every view over all ranks, for each bucket (views, joints) float64; 0 for joints without that view."""
+        places: dict[torch.dtype, list[int]] = {}
+        views: dict[torch.dtype, list[Tensor]] = {}
+        first, shapes = 0, []
+        for (_, bucket, runs), columns in zip(serving, chosen, strict=True):
+            for run in runs:
+                layouts = self._layouts(run.rows)
+                for part in self._local_of(run.rows, layouts, self._counts).parts:
+                    here = {name: self._part(name) for name in part.bucket.parameters()}
+                    shown = self._views(part, run, here, layouts, columns)
+                    for i, view in enumerate(shown):
+                        place = run.places[part.joints[i * len(part.joints) // len(shown)]]
+                        places.setdefault(view.dtype, []).append(first + place)
+                        views.setdefault(view.dtype, []).append(view)
+                first += len(bucket.joints)
+            shapes.append((len(runs), len(bucket.joints)))
+        device = self._part(serving[0][1].parameters()[0]).device
+        found = torch.zeros(first, dtype=torch.float64, device=device)
+        for dtype, alike in views.items():  # one call: a kernel for each of hundreds of matrices would be most of the cost
+            norms = torch.stack(torch._foreach_norm(alike, 2, torch.promote_types(dtype, torch.float32)))
+            found.index_add_(0, torch.tensor(places[dtype], device=device), norms.double().square().to(device))
+        all_reduce_([(found, self._over)])
+        return [part.view(shape) for part, shape in zip(found.split([a * b for a, b in shapes]), shapes, strict=True)]
 
     def _add_(self, total: Tensor, run: Run, weight: Tensor, whole: Bucket, columns: Mapping[str, Taken | None]) -> None:
         """Add G Gᵀ times the joint's weight for one view of every joint, one turned tensor at a time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -43,10 +44,23 @@ def impossible(objective: Objective, joint: Joint, parameters: Mapping[str, Tens
 
 
 def _is_ragged(layout: Layout) -> bool:
-    """Whether a dimension that is cut twice, the later cut first, does not divide evenly."""
+    """Whether placements of a dimension that is cut twice say another thing than what its ranks hold.
+
+    fully_shard cuts what tensor parallelism has cut before, so right to left; _StridedShard tells it left to right, which is the
+    same only where the parts come out alike.
+    """
     for dim, size in enumerate(layout.shape):
-        cutting = layout.cutting(dim)
-        assert layout.mesh is not None
-        if any(type(layout.placements[m]).__name__ == "_StridedShard" for m in cutting) and size % layout.over(dim).size:
-            return True
+        strided = [m for m in layout.cutting(dim) if type(layout.placements[m]).__name__ == "_StridedShard"]
+        if not strided or layout.mesh is None:
+            continue
+        plain = [m for m in layout.cutting(dim) if m not in strided]
+        for place in product(*(range(layout.mesh.size(m)) for m in (*plain, *strided))):
+            at = dict(zip((*plain, *strided), place, strict=True))
+            begin, end = 0, size
+            for m in (*plain, *reversed(strided)):
+                step = -(-(end - begin) // layout.mesh.size(m))
+                begin, end = min(begin + at[m] * step, end), min(begin + (at[m] + 1) * step, end)
+            told = layout.runs_at(tuple(at.get(m, 0) for m in range(len(layout.placements))))[dim]
+            if sum(run.stop - run.start for run in told) != end - begin or (told and (told[0].start, told[-1].stop) != (begin, end)):
+                return True
     return False

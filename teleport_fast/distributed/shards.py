@@ -98,6 +98,8 @@ class Shards(Whole):
             self._take_up(objective, serving, gradients)
 
     def _take_up(self, objective: Eigenbasis, serving: Sequence[tuple[int, Bucket]], gradients: Mapping[str, Tensor]) -> None:
+        if not serving:
+            return
         for _, bucket in serving:
             if id(bucket) not in self._runs:
                 self._runs[id(bucket)] = bucket, runs_of(bucket)
