@@ -21,7 +21,11 @@ from teleport_fast.optim.sharded import Placing
 GB = 1e9
 # width, layers, inner, heads, vocabulary
 MODELS = {"0.12B": (768, 12, 2048, 12, 50304), "1.1B": (2048, 22, 5632, 32, 32000), "6.7B": (4096, 32, 11008, 32, 32000)}
-CHOICES: dict[str, dict[str, Any]] = {"default": {}, "hidden=32": {"hidden": 32}, 'stream="layer", hidden=32': {"stream": "layer", "hidden": 32}}
+CHOICES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "hidden=32": {"hidden": 32},
+    'stream="layer", hidden=32': {"stream": "layer", "hidden": 32},
+}
 
 
 def llama(width: int, layers: int, inner: int, vocab: int, mesh: Any) -> list[tuple[str, torch.nn.Parameter]]:
