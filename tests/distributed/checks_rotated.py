@@ -29,6 +29,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
+import teleport_fast as tf
 from teleport_fast.distributed import Layout, Over, counted, layout_of, local_part
 from teleport_fast.distributed.blocks import exchange, spread_of
 from teleport_fast.optim import Rotated, summed
@@ -161,6 +162,18 @@ def tensor_parallel_and_two_dimensional_meshes_step_as_one_process_with_their_gr
             many.step()
         assert distance(one, many) < 1e-9, (shape, distance(one, many))
         assert all(map(same_on_all_ranks, replicated_state(many)))
+    parallelize_module(single, mesh(4), plan)
+    for optimizer in (Rotated(single.named_parameters(), hidden=4), tf.optim.AdamW(single.named_parameters())):
+        single.zero_grad()
+        single(x).square().mean().backward()
+        late = single(x).square().mean()
+        optimizer.step()
+        try:
+            late.backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            raise AssertionError("a step between forward and backward went by unseen")
 
 
 @on(4)
