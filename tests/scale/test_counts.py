@@ -149,7 +149,7 @@ def test_the_joints_are_those_that_the_library_finds(which: Any) -> None:
 
 def test_the_mixtures_joints_are_those_that_the_library_finds() -> None:
     transformers = pytest.importorskip("transformers")
-    small = {"width": 24, "layers": 3, "heads": 4, "q_rank": 10, "kv_rank": 14, "nope": 6, "rope": 4, "value": 8, "inner": 28}
+    small = {"width": 24, "layers": 2, "heads": 4, "q_rank": 10, "kv_rank": 14, "nope": 6, "rope": 4, "value": 8, "inner": 28}
     small |= {"expert": 12, "experts": 6, "active": 2, "shared": 1, "vocab": 40}
     shape = mixture("small", "", **small, dense_layers=1, tokens=1, context=8)
     config = transformers.DeepseekV3Config(**deepseek(**small, dense_layers=1), max_position_embeddings=32)
