@@ -50,7 +50,8 @@ docs-examples: setup  ## run the code blocks of README.md and docs/, and the doc
 	@$(BIN)/pytest tests/test_docs_examples.py $(PYTEST_ARGS)
 
 docs: $(STAMPS)/docs  ## build the documentation's site into site/; a warning or a broken link fails
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+# Not --quiet, which hides from --strict the warnings that it counts.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: setup  ## time every op beside torch, a copy and the BLAS; say what changed
 	@OMP_NUM_THREADS=1 $(BIN)/python -m bench.ratios $(BENCH_ARGS)

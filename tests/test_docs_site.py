@@ -92,6 +92,22 @@ def test_every_page_has_its_place_in_the_sites_map_once() -> None:
     assert {page for page in expected if not f"/{page}".startswith(aside)} == set(pages)
 
 
+def test_a_warning_fails_the_build_and_ci_runs_it() -> None:
+    (build,) = re.findall(r"-m mkdocs build (.*)", (ROOT / "Makefile").read_text())
+    # with --quiet, --strict lets every warning pass
+    assert build == "--strict"
+    assert re.search(r"^make .*\bdocs\b", (ROOT / ".ci" / "run").read_text(), re.M)
+
+
+def test_what_the_site_is_built_with_is_pinned_and_as_in_development() -> None:
+    pins = [
+        dict(line.split("==") for line in (ROOT / "requirements" / name).read_text().splitlines() if re.match(r"[\w.-]+==[\w.]+$", line))
+        for name in ("docs.txt", "dev.txt")
+    ]
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings-python"} <= set(pins[0])
+    assert all(pins[1][name] == version for name, version in pins[0].items() if name in pins[1])
+
+
 def test_objects_of_the_api_pages_exist() -> None:
     """By name in the sources, so that a renamed function fails here and not only in `make docs`."""
     found = 0

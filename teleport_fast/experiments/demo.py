@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ def run_comparison(request: Request, console: Console, json_on_stdout: bool) -> 
     else:
         print_report(comparison, Console())
         print(f"{out / 'comparison.png'}\n{out / 'comparison.json'}")
+        print(f"a page about it: python -m teleport_fast report {shlex.quote(str(out))}")
     if comparison.interrupted:
         return INTERRUPTED
     return 0 if function_kept(comparison) else 1

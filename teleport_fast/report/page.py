@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,7 +166,7 @@ def _add_teleports(section: Section, history: History, deviations: Sequence[floa
 
 
 def _record_table(history: History) -> Table:
-    header = ("step", "objective before", "after", "radius used", "joints", "ms")
+    header = ("step", "objective before", "after", "radius used", "joints", "ms", "condition of g")
     rows = [
         (
             shown(record["step"], ".0f"),
@@ -174,6 +175,7 @@ def _record_table(history: History) -> Table:
             shown(record["radius_used"]),
             shown(record["joints"], ".0f"),
             shown(1e3 * record["seconds"], ".2f"),
+            shown(record["condition"]),
         )
         for record in history.records[:MOST_RECORDS]
     ]
@@ -182,7 +184,7 @@ def _record_table(history: History) -> Table:
 
 
 def _joint_table(run: RunRead) -> Table:
-    header = ("joint", "kind", "group", "heads", "width", "dim", "proof", "moves", "‖g − I‖, first and last", "P, last", "diagonal", "left out")
+    header = ("joint", "kind", "group", "heads × width", "dim", "proof", "moves", "‖g − I‖, first and last", "P, last", "diagonal", "left out")
     rows = []
     for row in run.joints:
         distance, powers = numbers(row.get("distance")), numbers(row.get("log_p"))
@@ -193,7 +195,8 @@ def _joint_table(run: RunRead) -> Table:
                 text(row.get("name")),
                 text(row.get("kind")),
                 text(row.get("group")),
-                *(shown(row.get(key), ",.0f") for key in ("heads", "width", "dim")),
+                f"{shown(row.get('heads'), '.0f')} × {shown(row.get('width'), '.0f')}",
+                shown(row.get("dim"), ",.0f"),
                 shown(row.get("deviation"), ".0e"),
                 shown(row.get("moves"), ".0f"),
                 ", ".join(shown(value, ".2f") for value in distance) or "–",
@@ -214,7 +217,7 @@ def summary(found: Found) -> Table:
     )  # fmt: skip
     rows = []
     for row in mappings(found.comparison.get("summary")):
-        of_base = text(row.get("arm")) == base
+        of_base, moved = text(row.get("arm")) == base, number(row.get("teleports")) > 0
         rows.append(
             (
                 text(row.get("arm")),
@@ -226,7 +229,7 @@ def summary(found: Found) -> Table:
                 shown(row.get("step_ms"), ".1f"),
                 "" if of_base else shown(row.get("overhead_percent"), "+.1f"),
                 "" if of_base else shown(row.get("teleports"), ".0f"),
-                "" if of_base else shown(row.get("max_deviation"), ".1e"),
+                "" if of_base else shown(row.get("max_deviation") if moved else None, ".1e"),
             )
         )
     return Table(header, rows)
@@ -268,7 +271,7 @@ def settings(found: Found) -> Section:
 def reproduce(found: Found) -> Section:
     """The commands that make the run and the page again."""
     command = text(found.comparison.get("command")) or text(found.sweep.get("command"))
-    again = f"python -m teleport_fast report {found.folder}"
+    again = f"python -m teleport_fast report {shlex.quote(str(found.folder))}"
     section = Section("reproduce", "Measure again", code="\n".join(line for line in (command, again) if line))
     if command:
         section.words.append("From a checkout of the version named above; weights and batches follow from the seeds, times do not.")

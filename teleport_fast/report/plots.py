@@ -63,7 +63,12 @@ def teleports(history: History, deviations: Sequence[float], name: str, colour: 
         objective.plot(steps, after, "o", ms=2.6, color=colour, label="after")
         objective.set_title("objective")
         objective.legend(ncols=2)
-        radius.plot(steps, [record["radius_used"] for record in records], "o", ms=2.6, color=colour)
+        positive = [value for value in (*before, *after) if value > 0]
+        if len(positive) == 2 * len(steps) and max(positive) > 100 * min(positive):
+            _logarithmic(objective.yaxis, objective.set_yscale)
+        used = [record["radius_used"] for record in records]
+        radius.plot(steps, used, "o", ms=2.6, color=colour)
+        radius.set_ylim(0, 1.1 * max((value for value in used if 0 < value < math.inf), default=1.0))
         radius.set_title("radius used")
         checked = [value for value in deviations if value > 0]
         if checked and len(deviations) == len(steps):
@@ -86,8 +91,11 @@ def spectra(run: RunRead, name: str) -> Markup | None:
     panels = (1 if stretched else 0) + len(kinds)
     if not panels:
         return None
-    with figure(9.6 if panels > 1 else 5.6, 2.9) as drawn:
-        places = list(drawn.subplots(1, panels, squeeze=False)[0])
+    with figure(9.6, 2.9) as drawn:
+        # at least three places, so that a lone panel is not drawn three times as large as its text
+        places = list(drawn.subplots(1, max(3, panels))[:panels])
+        for empty in drawn.axes[panels:]:
+            empty.remove()
         if stretched:
             _draw_log_p(places.pop(0), stretched)
         for kind, axes in zip(kinds, places, strict=True):

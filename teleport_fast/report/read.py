@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = ("history", "records", "teleports")
-NUMBERS = ("step", "objective_before", "objective_after", "radius_used", "seconds", "joints")
+NUMBERS = ("step", "objective_before", "objective_after", "radius_used", "seconds", "joints", "condition")
 
 
 @dataclass(frozen=True)

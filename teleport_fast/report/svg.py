@@ -24,6 +24,7 @@ STYLE: Any = {
     "axes.edgecolor": "#9aa1ad",
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
+    "axes.formatter.useoffset": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,

@@ -27,3 +27,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["train", *TINY, "--folder", str(texts), "--out", str(out), "--validate-every", "3"]
     assert cli.main([*arguments, "--arms", ARMS, "--seeds", "0"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def page_file(run_folder: Path) -> Path:
+    """The page about that run, where `report` puts it by default."""
+    assert cli.main(["report", str(run_folder)]) == 0
+    return run_folder / "report.html"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from teleport_fast.report.command import write
 from teleport_fast.report.plots import COLOURS
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
@@ -36,9 +35,8 @@ def pixels_of(picture: Path, colour: str) -> int:
     return int((abs(imread(picture)[..., :3] - to_rgb(colour)) < 0.02).all(-1).sum())
 
 
-def test_it_renders_without_a_network_and_the_plots_are_there(run_folder: Path, tmp_path: Path) -> None:
-    page = write(run_folder, tmp_path / "page.html")
-    assert looked_at(page, tmp_path / "page.png", tmp_path / "profile") == []
+def test_it_renders_without_a_network_and_the_plots_are_there(page_file: Path, tmp_path: Path) -> None:
+    assert looked_at(page_file, tmp_path / "page.png", tmp_path / "profile") == []
     # lines of all arms; a card's edge alone has about 1,000 pixels of its colour
     assert all(pixels_of(tmp_path / "page.png", colour) > 1_500 for colour in COLOURS[1:4])
 

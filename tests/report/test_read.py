@@ -11,7 +11,7 @@ import pytest
 
 from teleport_fast.report.read import read_folder
 
-RECORD = {"step": 3, "objective_before": 1.0, "objective_after": 2.0, "radius_used": 0.5, "seconds": 0.01, "joints": 4}
+RECORD = {"step": 3, "objective_before": 1.0, "objective_after": 2.0, "radius_used": 0.5, "seconds": 0.01, "joints": 4, "condition": 1.5}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_history_is_read_from_a_list_and_from_an_object_that_holds_one(value: 
 def test_a_history_may_have_a_record_a_line_and_lack_numbers(tmp_path: Path) -> None:
     (tmp_path / "history.jsonl").write_text('{"step": 1, "objective_after": "high"}\n\n{"step": 2, "objective_after": 1}\n')
     first, second = read_folder(tmp_path).histories[0].records
-    assert math.isnan(first["objective_after"]) and math.isnan(second["seconds"])
+    assert math.isnan(first["objective_after"]) and math.isnan(second["seconds"]) and math.isnan(second["condition"])
     assert second["objective_after"] == 1.0
 
 
