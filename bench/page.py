@@ -52,8 +52,8 @@ def kernels(run: Run) -> Iterator[str]:
     yield "## Kernels beside torch"
     yield ""
     yield (
-        "torch's time over ours, median [quartiles]. torch is its fastest route that we know: two `bmm` and a subtraction, `bmm` and `copy_`, "
-        "`linalg.matrix_exp`, foreach Adam between `bmm`, fused AdamW after `mul_`, else the op's plain reference. `auto` is what a user "
+        "torch's time over ours, median [quartiles]. torch is the faster of the op's plain reference and, where there is one, a shorter way: "
+        "two `bmm` and a subtraction, `bmm` and `copy_`, foreach Adam between `bmm`, fused AdamW after `mul_`. `auto` is what a user "
         "gets, `cpp` the kernel where it was asked for. Of the roof: the longer of `copy_` of as many bytes and the BLAS's time for as "
         "many operations, over the kernel's time; above 1 where less is written than a copy writes, or the caches hold it."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from teleport_fast.distributed.layout import local_part
-from teleport_fast.objectives.base import Objective
 from teleport_fast.symmetry.bucket import Element, Split
 
 E = TypeVar("E", bound=Element | Split)
@@ -78,20 +77,6 @@ def unless(void: Tensor, element: E) -> E:
     if isinstance(element, Split):
         return cast(E, Split(_or_identity(void, element.plus), _or_identity(void, element.minus)))
     return cast(E, _or_identity(void, element))
-
-
-def unless_remembered(objective: Objective, void: Tensor, work: Callable[[], None]) -> None:
-    """Do the work, and leave the objective's memory as it was where `void` holds; nothing is read back."""
-    before = objective.memory()
-    work()
-    after = objective.memory()
-    if after:
-        objective.restore(
-            {
-                key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
-                for key, new in after.items()
-            }
-        )
 
 
 def _or_identity(void: Tensor, element: Element) -> Element:

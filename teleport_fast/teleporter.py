@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.called import (
-    found_inf,
-    full_precision,
-    has_no_rate,
-    is_nested,
-    run_closure_once,
-    unless,
-    unless_remembered,
-)
+from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nested, run_closure_once, unless
 from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients
 from teleport_fast.history import History
@@ -223,12 +215,10 @@ class Teleporter:
                     self._teleport(parameters, gradients, everything(), serving, None)
                 return
             void = verdict > 0
-            unless_remembered(self.objective, void, lambda: place.observe(self.objective, serving, gradients))
+            self.objective.unless(void, lambda: place.observe(self.objective, serving, gradients))
             if fires:
                 void = void | (place.norm(everything()) == 0).to(void.device, non_blocking=True)
-                unless_remembered(
-                    self.objective, void, lambda: self._teleport(parameters, gradients, everything(), serving, void)
-                )
+                self.objective.unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
 
     def _teleport(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import math
 import shlex
 import statistics
@@ -121,7 +122,7 @@ def run(sweeps: dict[str, dict[int, tuple[int, int, int]]], rounds: int, largest
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, two a sweep: does everything run?")
-    parser.add_argument("--only", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--only", nargs="*", choices=list(SWEEPS), help="these; the others stay as --out has them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--largest", type=int, default=100_000_000, help="parameters of the largest model (100M: 3 GB, minutes)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/growth.json"))
@@ -129,8 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     command = "python -m bench.growth " + shlex.join(sys.argv[1:] if arguments is None else arguments)
-    sweeps = {name: (QUICK if options.quick else SWEEPS)[name] for name in options.only}
+    sweeps = {name: (QUICK if options.quick else SWEEPS)[name] for name in options.only or SWEEPS}
     found: dict[str, Any] = {"command": command.strip(), "machine": machine(), "rows": []}
+    if options.only and options.out.exists():
+        before = json.loads(options.out.read_text())
+        found["rows"] = [row for row in before["rows"] if row["sweep"] not in sweeps]
+        found["command"] = "; ".join(dict.fromkeys([*before["command"].split("; "), found["command"]]))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for row in run(sweeps, 2 if options.quick else options.rounds, options.largest, lambda line: print(line, flush=True)):
         # A row at a time: a run that is stopped keeps what it has measured.

@@ -14,7 +14,7 @@ def speeds(run: Run) -> Iterator[tuple[str, dict[str, float]]]:
     """(op, dtype, size and route; its speed over torch's) of every measured route."""
     for row in run["rows"]:
         for route, found in row["routes"].items():
-            if route != "torch":
+            if route not in ("torch", "reference"):
                 yield f"{row['op']} {row['dtype']} {row['size']} {route}", found["speed"]
 
 

@@ -27,33 +27,35 @@ ALLOWED = 0.6
 ATTEMPTS = ((5, 0.05), (9, 0.3), (15, 1.0))
 
 
-def recorded(run: dict[str, Any], backend: str = "cpp") -> dict[str, float]:
-    """The backend's median speed over torch's by the name of the case."""
+def recorded(run: dict[str, Any], backend: str = "cpp") -> dict[str, tuple[str, float]]:
+    """By the name of the case: its plain baseline, and the backend's median speed over that."""
     return {
-        f"{row['op']} {row['dtype']} {row['size']}": row["routes"][backend]["speed"]["median"]
+        f"{row['op']} {row['dtype']} {row['size']}": (row["baseline"], row["routes"][backend]["speed"]["median"])
         for row in run["rows"] if backend in row["routes"]
     }  # fmt: skip
 
 
-def speed(case: Case, rounds: int, least: float, backend: str = "cpp") -> float:
-    """The backend's speed over torch's, now."""
+def speed(case: Case, baseline: str, rounds: int, least: float, backend: str = "cpp") -> float:
+    """The backend's speed over the baseline's, now."""
     with torch.no_grad():
-        return spread(ratios(times(case, [backend], {}, rounds, least), backend, "torch"))["median"]
+        found = times(case, [backend] if baseline == "torch" else [backend, baseline], {}, rounds, least)
+        return spread(ratios(found, backend, baseline))["median"]
 
 
-def slower(measured: Iterable[Case], before: dict[str, float], allowed: float = ALLOWED) -> list[str]:
+def slower(measured: Iterable[Case], before: dict[str, tuple[str, float]], allowed: float = ALLOWED) -> list[str]:
     """A line for every case that stays under `allowed` of its recorded ratio in all attempts; cases without a record are passed over."""
     lines = []
     for case in measured:
         if case.name not in before:
             continue
-        bound, best = allowed * before[case.name], 0.0
+        baseline, ratio = before[case.name]
+        bound, best = allowed * ratio, 0.0
         for rounds, least in ATTEMPTS:
-            best = max(best, speed(case, rounds, least))
+            best = max(best, speed(case, baseline, rounds, least))
             if best >= bound:
                 break
         else:
-            lines.append(f"{case.name}: {best:.2f} of torch's speed, recorded {before[case.name]:.2f}, allowed {bound:.2f}")
+            lines.append(f"{case.name}: {best:.2f} of torch's speed, recorded {ratio:.2f}, allowed {bound:.2f}")
     return lines
 
 

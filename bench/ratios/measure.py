@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from teleport_fast.ops.backend import availability, set_backend
 # A square product at the BLAS's best.
 PRODUCT = 512
 # Calls shorter than this are timed in bundles.
-BUNDLE = 2e-4
+BUNDLE = 1e-3
 YARDSTICKS = ("clone", "copy", "blas")
 
 
@@ -68,19 +69,21 @@ def times(case: Case, backends: Sequence[str], others: Calls, rounds: int, least
 def measure(case: Case, backends: Sequence[str], rounds: int = 5, least: float = 1.0) -> dict[str, Any]:
     """A row: by route its speed over torch's, over clone's and copy_'s bytes a second, its share of the BLAS's flops and of the roof.
 
-    The roof is the longer of a copy of as many bytes and the BLAS's time for as many operations, in the same round. `intensity` is
-    the second over the first: under 1, memory is the bound.
+    `baseline`: the faster of torch's own route and the op's plain reference, whose speed is the one. The roof is the longer of a copy of
+    as many bytes and the BLAS's time for as many operations, in the same round. `intensity` is the second over the first: under 1,
+    memory is the bound.
     """
     routes_here = (*backends, "reference") if case.by_torch is not None else backends
     found = times(case, routes_here, yardsticks(case), rounds, least)
     by_blas = [value * case.flops / (2.0 * PRODUCT**3) for value in found["blas"]]
     roofs = [max(pair) for pair in zip(found["copy"], by_blas, strict=True)]
+    baseline = min((name for name in ("torch", "reference") if name in found), key=lambda name: statistics.median(found[name]))
     routes = {}
     for name, own in found.items():
         if name in YARDSTICKS:
             continue
         routes[name] = {
-            "speed": rounded(spread(ratios(found, name, "torch"))),
+            "speed": rounded(spread(ratios(found, name, baseline))),
             "over_clone": rounded(spread(ratios(found, name, "clone"))),
             "over_copy": rounded(spread(ratios(found, name, "copy"))),
             "of_blas": rounded(spread([b / a for a, b in zip(own, by_blas, strict=True)])),
@@ -88,7 +91,7 @@ def measure(case: Case, backends: Sequence[str], rounds: int = 5, least: float =
         }
     intensity = spread([b / a for a, b in zip(found["copy"], by_blas, strict=True)])
     return {
-        "op": case.op, "dtype": case.dtype, "size": case.size, "bytes": case.bytes, "flops": case.flops,
+        "op": case.op, "dtype": case.dtype, "size": case.size, "bytes": case.bytes, "flops": case.flops, "baseline": baseline,
         "rounds": len(found["copy"]), "intensity": rounded(intensity), "routes": routes,
     }  # fmt: skip
 
@@ -107,7 +110,7 @@ def run(cases: Iterable[Case], rounds: int, least: float, tell: Callable[[str], 
         rows.append(row)
         shown = ", ".join(
             f"{name} {found['speed']['median']:.2f} [{found['speed']['low']:.2f}, {found['speed']['high']:.2f}]"
-            for name, found in row["routes"].items() if name != "torch"
+            for name, found in row["routes"].items() if name != row["baseline"]
         )  # fmt: skip
         best = row["routes"].get("cpp", row["routes"]["torch"])
         tell(f"{case.op:26} {case.dtype:8} {case.size:22} over torch: {shown}; of the roof {best['of_roof']['median']:.2f}")

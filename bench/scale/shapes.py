@@ -44,11 +44,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class View:
-    """What a joint moves of one tensor: `entries`, along its "rows" or "columns"; `counts`: its gradient is taken up."""
+    """What a joint moves of one tensor: `entries`, along its "rows" or "columns", of which `rest` columns can be taken in parts;
+    `counts`: its gradient is taken up."""
 
     tensor: str
     axis: str
     entries: int
+    rest: int
     counts: bool = True
 
 
@@ -140,11 +142,12 @@ def decoder(
     if positions:
         tables.append(Matrix("position", Side("tokens", positions), stream, 1, table=True))
     matrices = (*attention, *mlp, *tables)
-    wide, narrow = q.size * width, kv.size * width
+    wide, narrow, grouped = q.size * width, kv.size * width, max(heads // kv_heads, width)
+    form = "rotary" if rotary else "linear"
     joints = [
         stream_joint(width, matrices),
-        Joint("value-output", "linear", head, kv_heads, layers, (View("v", "rows", narrow), View("o", "columns", wide))),
-        Joint("query-key", "rotary" if rotary else "linear", head, kv_heads, layers, (View("q", "rows", wide), View("k", "rows", narrow))),
+        Joint("value-output", "linear", head, kv_heads, layers, (View("v", "rows", narrow, width), View("o", "columns", wide, grouped))),
+        Joint("query-key", form, head, kv_heads, layers, (View("q", "rows", wide, grouped), View("k", "rows", narrow, width))),
         neurons("", inner, width, layers),
     ]
     if gains:
@@ -200,13 +203,13 @@ def mixture(
         Matrix("embed", Side("tokens", vocab), stream, 1, table=True),
         Matrix("head", Side("none", vocab), stream, 1, table=True),
     )
-    keys = View("kv_b", "rows", heads * nope * kv_rank)
-    values = View("kv_b", "rows", heads * value * kv_rank), View("o", "columns", heads * value * width)
-    phases = View("q_b", "rows", heads * rope * q_rank), View("kv_a", "rows", rope * width)
+    keys = View("kv_b", "rows", heads * nope * kv_rank, kv_rank)
+    values = View("kv_b", "rows", heads * value * kv_rank, kv_rank), View("o", "columns", heads * value * width, width)
+    phases = View("q_b", "rows", heads * rope * q_rank, max(heads, q_rank)), View("kv_a", "rows", rope * width, width)
     joints = (
         stream_joint(width, matrices),
         Joint("value-output", "linear", value, heads, layers, values),
-        Joint("query-key", "linear", nope, heads, layers, (View("q_b", "rows", heads * nope * q_rank), keys)),
+        Joint("query-key", "linear", nope, heads, layers, (View("q_b", "rows", heads * nope * q_rank, q_rank), keys)),
         Joint("query-key-rotary", "rotary", rope, 1, layers, phases),
         neurons("", inner, width, dense_layers),
         neurons("expert ", expert, width, routed),
@@ -226,21 +229,22 @@ def mixture(
 def stream_joint(width: int, matrices: tuple[Matrix, ...]) -> Joint:
     """One rotation of everything that reads or writes the residual stream; tables turn along and are not taken up."""
     views = tuple(
-        View(m.name, "rows" if m.rows.kind == "stream" else "columns", m.count * m.entries, not m.table)
+        View(m.name, axis, m.count * m.entries, other.size, not m.table)
         for m in matrices
-        if "stream" in (m.rows.kind, m.columns.kind)
+        for axis, side, other in (("rows", m.rows, m.columns), ("columns", m.columns, m.rows))
+        if side.kind == "stream"
     )
     return Joint("residual", "orthogonal", width, 1, 1, views)
 
 
 def neurons(prefix: str, inner: int, width: int, count: int) -> Joint:
-    views = View(f"{prefix}up", "rows", inner * width), View(f"{prefix}down", "columns", inner * width)
+    views = View(f"{prefix}up", "rows", inner * width, width), View(f"{prefix}down", "columns", inner * width, width)
     return Joint("up-down", "diagonal", inner, 1, count, views)
 
 
 def readers(name: str, width: int, count: int, rows: int) -> Joint:
     """The gain of a norm against the `rows` rows that read it."""
-    return Joint("norm-readers", "diagonal", width, 1, count, (View("gain", "rows", width), View(name, "columns", rows * width)))
+    return Joint("norm-readers", "diagonal", width, 1, count, (View("gain", "rows", width, 1), View(name, "columns", rows * width, rows)))
 
 
 LLAMA_7B = decoder(

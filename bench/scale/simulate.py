@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from bench.scale.costs import Method, Work, at_refresh, every_step, largest_state, parameter_bytes, state
+from bench.scale.costs import Method, Work, at_refresh, every_step, parameter_bytes, state_of_a_rank
 from bench.scale.machines import Machine, Reached, all_reduce, exchange
 from bench.scale.shapes import Shape
 
@@ -68,8 +68,8 @@ def simulate(shape: Shape, method: Method, ranks: int, setting: Setting) -> Shar
     """A method's average step. Errors: ValueError for fewer ranks than one."""
     if ranks < 1:
         raise ValueError(f"ranks must be at least 1, got {ranks}; 8 is a node")
-    own = max(state(shape, method) / ranks, largest_state(shape, method))
-    step, refresh = (seconds(work(shape, method), ranks, setting) for work in (every_step, at_refresh))
+    own = state_of_a_rank(shape, method, ranks)
+    step, refresh = (seconds(work(shape, method, ranks), ranks, setting) for work in (every_step, at_refresh))
     mean = {part: step[part] + refresh[part] / method.every for part in PARTS}
     return Share(mean, training_step(shape, ranks, setting), own, own + parameter_bytes(shape) / ranks)
 

@@ -24,10 +24,10 @@ def gradient_part(parameter: Tensor) -> Tensor:
     return local_part(gradient)
 
 
-def laid_out(tensor: Tensor, layout: Layout) -> Tensor:
+def in_layout(tensor: Tensor, layout: Layout) -> Tensor:
     """A tensor of a checkpoint in this layout: what every rank has whole is cut, a DTensor in another is a collective.
 
-    >>> laid_out(torch.ones(2), Layout((2,)))
+    >>> in_layout(torch.ones(2), Layout((2,)))
     tensor([1., 1.])
     """
     found: Any = as_dtensor(tensor)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from teleport_fast.schedule import Every, Schedule
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Symmetries
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def kept_where(void: Tensor, before: Mapping[Key, Tensor], after: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """`before` where void holds (zeros for what was not there), else `after`; nothing is read back."""
+    return {
+        key: torch.where(void.to(new.device, non_blocking=True), before.get(key, torch.zeros_like(new)), new)
+        for key, new in after.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -97,13 +108,13 @@ class Objective(ABC):
     def value(self, move: Move) -> Tensor:
         """What is being raised or lowered, a 0-d tensor, for the record."""
 
-    def memory(self) -> dict[str, Tensor]:
-        """What a step that turns out void must leave as it was; copies, where their originals are written into."""
-        return self.state_dict()
-
-    def restore(self, memory: dict[str, Tensor]) -> None:
-        """Take back what `memory` gave, without reading anything back to the host where that matters."""
-        self.load_state_dict(memory)
+    def unless(self, void: Tensor, work: Callable[[], None]) -> None:
+        """Do the work, and leave the objective's memory as it was where `void` (0-d bool) holds."""
+        before = self.state_dict()
+        work()
+        after = self.state_dict()
+        if after:
+            self.load_state_dict(kept_where(void, before, after))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

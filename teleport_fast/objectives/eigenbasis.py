@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from teleport_fast.objectives.base import Move, Objective
+from teleport_fast.flag import Flag
+from teleport_fast.objectives.base import Move, Objective, kept_where
 from teleport_fast.ops.covariance import NORMALISE, covariance_
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.groups import DenseGroup
@@ -61,6 +62,8 @@ class Eigenbasis(Objective):
         self.parts, self.iterations = parts, iterations
         self.covariances: dict[int, Tensor] = {}
         self._next_part: dict[int, int] = {}
+        # gradients that may turn out void, and the parts as they were before them
+        self._unsettled: list[tuple[Flag, dict[int, int]]] = []
 
     def unusable(self, joint: Joint) -> str | None:
         if not joint.group.holds_rotations:
@@ -95,6 +98,7 @@ class Eigenbasis(Objective):
 
     def next_part(self, index: int) -> int:
         """Which part of its columns bucket `index` gives now; the next time it is the next one."""
+        self._settle()
         part = self._next_part.get(index, 0)
         self._next_part[index] = (part + 1) % self.parts
         return part
@@ -131,20 +135,29 @@ class Eigenbasis(Objective):
         assert isinstance(whole, Tensor) and isinstance(inside, Tensor)
         return torch.where(whole > 0, inside / whole, 0.0)
 
-    def memory(self) -> dict[str, Tensor]:
-        """The covariances. Which part of the columns comes next is the host's to count: a void step's part is passed over."""
-        return {str(index): covariance.clone() for index, covariance in self.covariances.items()}
+    def unless(self, void: Tensor, work: Callable[[], None]) -> None:
+        """The covariances are gated where they lie; which part comes next is set right when the host has heard of it."""
+        before, parts = {index: c.clone() for index, c in self.covariances.items()}, dict(self._next_part)
+        work()
+        self.covariances = kept_where(void, before, self.covariances)
+        if parts != self._next_part:
+            self._unsettled.append((Flag(void), parts))
 
-    def restore(self, memory: dict[str, Tensor]) -> None:
-        self.covariances = {int(index): covariance for index, covariance in memory.items()}
+    def _settle(self) -> None:
+        for void, parts in reversed(self._unsettled):
+            if void.is_set():
+                self._next_part = parts
+        self._unsettled = []
 
     def state_dict(self) -> dict[str, Tensor]:
-        kept = self.memory()
+        self._settle()
+        kept = {str(index): covariance.clone() for index, covariance in self.covariances.items()}
         if self.parts > 1:
             kept |= {f"part.{index}": torch.tensor(part) for index, part in self._next_part.items()}
         return kept
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._unsettled = []
         parts = {key: value for key, value in state.items() if key.startswith("part.")}
         self._next_part = {int(key.removeprefix("part.")): int(value) for key, value in parts.items()}
         self.covariances = {int(key): value.clone() for key, value in state.items() if key not in parts}

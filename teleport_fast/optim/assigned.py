@@ -101,6 +101,11 @@ class Assigned:
         self, group: dict[str, Any], g: int, i: int, parameter: Tensor, names: dict[int, str]
     ) -> tuple[str, tuple[int, ...], bool, bool]:
         name = group["param_names"][i] if "param_names" in group else names.get(id(parameter))
+        if getattr(parameter, "_fsdp_flattened", False) or hasattr(parameter, "_fqns"):
+            raise TypeError(
+                f"{name or 'a parameter'!r} is flattened by FullyShardedDataParallel, and no matrix is left to turn; "
+                f"shard the model with torch.distributed.fsdp.fully_shard"
+            )
         wanted = bool(group["rotate"]) and parameter.is_floating_point()
         return name or f"group {g}, parameter {i}", tuple(parameter.shape), name is not None, wanted
 

@@ -18,7 +18,7 @@ from teleport_fast.optim.assigned import Owner
 from teleport_fast.optim.bases import next_basis
 from teleport_fast.optim.sharded import turn_
 from teleport_fast.optim.sides import Side
-from teleport_fast.optim.summed import Due, Held, normalised_grams
+from teleport_fast.optim.summed import Due, Held, buckets_of, normalised_grams
 from teleport_fast.optim.views import part_of, view_of
 from teleport_fast.state import SECOND_MOMENTS
 
@@ -97,16 +97,12 @@ class Refresh:
             if f"{axis}_basis" not in state[holder]:
                 _begin(state[holder], axis, sides[0][1], holder.device, self.dtype_for(holder))
         count_up_([state[groups[g]["params"][i]][f"{AXES[axis]}_age"] for g, i, axis in members])
-        summed = self._summed(groups, state, members, held)
+        taken_up = self._take_up_sharded_(groups, state, members, held)
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
             entry = state[holder]
             age = int(entry[f"{axis}_age"])
-            if owner in summed:
-                wide = entry[f"{axis}_covariance"].to(summed[owner].dtype)
-                wide.mul_(self.decay).add_(summed[owner], alpha=1 - self.decay)
-                entry[f"{axis}_covariance"].copy_(wide)
-            else:
+            if owner not in taken_up:
                 views = [view_of(held.home[g, i], a, side.heads) for (g, i, a), side in sides]
                 views = [part_of(view, self.covariance_parts, age - 1) for view in views]
                 dtype = accumulation_dtype(holder.dtype)
@@ -173,8 +169,8 @@ class Refresh:
             group_action_(moments, [], turns, joints=len(owners))
         return turns
 
-    def _summed(self, groups: Groups, state: State, members: Members, held: Held) -> dict[Owner, Tensor]:
-        """The covariances' next summands of bases with a matrix that is sharded."""
+    def _take_up_sharded_(self, groups: Groups, state: State, members: Members, held: Held) -> set[Owner]:
+        """Update the covariances of bases with a matrix that is sharded, some at a time, and say which these are."""
         due: dict[Owner, Due] = {}
         for owner, sides in members.items():
             if any(held.placings.get(place[:2]) for place, _ in sides):
@@ -183,7 +179,14 @@ class Refresh:
                 kept = covariance.dtype in (torch.float32, torch.float64)
                 dtype = covariance.dtype if kept else accumulation_dtype(holder.dtype)
                 due[owner] = Due(sides, dtype, int(age) - 1)
-        return normalised_grams(due, held, self.covariance_parts, self.normalise)
+        for bucket in buckets_of(due):
+            grams = normalised_grams(bucket, held, self.covariance_parts, self.normalise)
+            for (g, i, side), gram in grams.items():
+                covariance = state[groups[g]["params"][i]][f"{AXES[side]}_covariance"]
+                wide = covariance.to(gram.dtype).mul_(self.decay).add_(gram, alpha=1 - self.decay)
+                if wide is not covariance:
+                    covariance.copy_(wide)
+        return set(due)
 
     def _send(self, owner: Owner, entry: dict[str, Any], axis: str, ill: Tensor) -> None:
         """Keep the flag, and let it travel: the next refresh finds it on the host without waiting."""

@@ -12,23 +12,23 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from teleport_fast.called import full_precision
-from teleport_fast.distributed.gradient import gradient_part, laid_out
-from teleport_fast.distributed.layout import Layout, layout_of, local_part
+from teleport_fast.distributed.gradient import gradient_part, in_layout
+from teleport_fast.distributed.layout import local_part
 from teleport_fast.distributed.verdict import anywhere, meshes_of
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
+from teleport_fast.optim.group import check_group
 from teleport_fast.optim.plain_adamw import plain_adamw_
-from teleport_fast.optim.refresh import AXES, Refresh, count_up_
+from teleport_fast.optim.refresh import AXES, MOMENTS, Refresh, count_up_
+from teleport_fast.optim.restored import COUNTERS, restored_basis, restored_moment
 from teleport_fast.optim.sharded import Placing, Placings, moment_like
 from teleport_fast.optim.sharded_step import Task, Work, bring_home_, works_of
 from teleport_fast.optim.sides import Known, Rules
 from teleport_fast.optim.summed import Held
 from teleport_fast.optim.table import Line, Memory, memory_of, render
-from teleport_fast.optim.turned_step import BASES, step_bucket_
+from teleport_fast.optim.turned_step import step_bucket_
 from teleport_fast.optim.views import view_of
 from teleport_fast.symmetry.symmetries import Symmetries
-
-COUNTERS = ("step", "rows_age", "columns_age")
 
 
 class Rotated(Optimizer):
@@ -110,7 +110,7 @@ class Rotated(Optimizer):
         """Torch's, with the values checked; the new parameters' sides are decided with the stream's width known by then."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -214,6 +214,10 @@ class Rotated(Optimizer):
             state["exp_avg"] = moment_like(parameter, placing, dtype)
             if base == "adam":
                 state["exp_avg_sq"] = moment_like(parameter, placing, dtype)
+        elif placing is not None:  # as it is stepped now, should its group's base have changed
+            for key in MOMENTS[1:]:
+                if key in state:
+                    state[key] = in_layout(state[key], placing.work.layout)
 
     def _step_turned(self, places: list[Place], held: Held) -> None:
         buckets: dict[tuple[Any, ...], list[tuple[Work, dict[str, Any], int, int]]] = {}
@@ -283,17 +287,28 @@ class Rotated(Optimizer):
         """Torch's, but moments, bases and counters keep their precision; a state of other bases is refused whole."""
         self._assigned.extend(self.param_groups)
         wanted = [
-            (g, i, key, value)
+            (g, i, key, value, saved)
             for g, saved in enumerate(state_dict["param_groups"][: len(self.param_groups)])
             for i, index in enumerate(saved["params"][: len(self.param_groups[g]["params"])])
             for key, value in state_dict["state"].get(index, {}).items()
             if isinstance(value, Tensor)
         ]
-        kept = [(g, i, key, self._restored(key, value, g, i)) for g, i, key, value in wanted]
+        kept = [(g, i, key, self._restored(key, value, g, i, saved)) for g, i, key, value, saved in wanted]
         super().load_state_dict(state_dict)
         for g, i, key, value in kept:
             self.state[self.param_groups[g]["params"][i]][key] = value
         self._refresh.forget()
+
+    def _restored(self, key: str, value: Tensor, g: int, i: int, saved: dict[str, Any]) -> Tensor:
+        if key in COUNTERS:
+            return value.detach().to("cpu", torch.float32, copy=True)
+        parameter, assignment = self.param_groups[g]["params"][i], self._assigned.of(g, i)
+        axis = next((axis for axis, name in enumerate(AXES) if key.startswith(name)), None)
+        if axis is not None:
+            side = self._assigned.owned_side(g, i, axis)
+            return restored_basis(key, value, parameter, assignment, side, self._refresh.dtype_for(parameter))
+        base, rms = (saved.get(name, self.defaults[name]) for name in ("base", "match_rms"))
+        return restored_moment(key, value, parameter, assignment, self._placings.of(assignment, parameter, base, rms))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -302,44 +317,6 @@ class Rotated(Optimizer):
                 group.setdefault(key, self.defaults[key])
             group.setdefault("nesterov", False)
 
-    def _restored(self, key: str, value: Tensor, g: int, i: int) -> Tensor:
-        """A copy in the dtype and on the device where this optimizer keeps it. Errors: ValueError for another shape."""
-        if key in COUNTERS:
-            return value.detach().to("cpu", torch.float32, copy=True)
-        parameter, assignment = self.param_groups[g]["params"][i], self._assigned.of(g, i)
-        if key.endswith("_ill"):
-            return value.detach().to(parameter.device, copy=True)
-        dtype = accumulation_dtype(parameter.dtype) if assignment.turned else parameter.dtype
-        shape: tuple[int, ...] = tuple(parameter.shape)
-        for axis, name in enumerate(AXES):
-            if key.startswith(name):
-                side = self._assigned.owned_side(g, i, axis)
-                shape = (side.heads, side.width, side.width) if side else ()
-                dtype = self._refresh.dtype_for(parameter)
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"state_dict: {key!r} of {assignment.name!r} is {tuple(value.shape)} and this optimizer holds {shape}; "
-                f"load it into a Rotated made with the same stream, heads, hidden, sides, symmetries and max_side"
-            )
-        layout = Layout(shape)
-        if shape == tuple(parameter.shape) and not key.startswith(AXES):
-            placing = self._placings.of(assignment, parameter, self.param_groups[g]["base"], self.param_groups[g]["match_rms"])
-            layout = placing.work.layout if placing is not None else layout_of(parameter)
-        return laid_out(value.detach(), layout).to(parameter.device, dtype, copy=True)
-
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("_refresh", "_assigned", "_placings", "skip_nonfinite")}
         return {**super().__getstate__(), **own}
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    lr, betas, eps, decay, rms = (group[key] for key in ("lr", "betas", "eps", "weight_decay", "match_rms"))
-    if group["base"] not in BASES:
-        raise ValueError(f"base must be one of {', '.join(BASES)}, got {group['base']!r}; 'adam' is the default")
-    for name, value, example in (("lr", lr, 0.006), ("eps", eps, 1e-8), ("weight_decay", decay, 0.1)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}; pass a value such as {example}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}; (0.9, 0.98) is the default")
-    if rms is not None and not rms > 0:
-        raise ValueError(f"match_rms must be positive or None, got {rms}; 0.2 matches AdamW's usual updates")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from teleport_fast.optim.assigned import Owner, Place
 from teleport_fast.optim.sharded import Placing, rows_of
 from teleport_fast.optim.sides import Side
 from teleport_fast.optim.views import part_bounds, view_of
+
+# Entries of the Grams that are summed in one all-reduce: 256 MB in float32.
+BUCKET_ENTRIES = 2**26
 
 
 class Held:
@@ -46,6 +49,21 @@ class Due:
     turn: int
 
 
+def buckets_of(due: Mapping[Owner, Due]) -> Iterator[dict[Owner, Due]]:
+    """Bases whose covariances are summed together: all of a small model, some of a large one, whose Grams take room."""
+    bucket: dict[Owner, Due] = {}
+    entries = 0
+    for owner, basis in due.items():
+        count = sum(side.entries for _, side in basis.sides)
+        if bucket and entries + count > BUCKET_ENTRIES:
+            yield bucket
+            bucket, entries = {}, 0
+        bucket[owner] = basis
+        entries += count
+    if bucket:
+        yield bucket
+
+
 def normalised_grams(due: Mapping[Owner, Due], held: Held, parts: int, normalise: str) -> dict[Owner, Tensor]:
     """Σ G Gᵀ/‖G‖² of each basis over all ranks, (heads, h, h), the same bits on every rank.
 
@@ -64,7 +82,7 @@ def normalised_grams(due: Mapping[Owner, Due], held: Held, parts: int, normalise
         for index, (over, gram) in enumerate(found):
             gram = _over(gram, sizes[owner][index][1]) if owner in weighted else gram
             into[over] = into[over] + gram if over in into else gram
-    all_reduce_((gram, over) for found in sums.values() for over, gram in found.items())
+    _sum_halves_([(gram, over) for found in sums.values() for over, gram in found.items() if over.size > 1])
     result: dict[Owner, Tensor] = {}
     for owner, summands in sums.items():
         first, *rest = summands.values()
@@ -74,6 +92,18 @@ def normalised_grams(due: Mapping[Owner, Due], held: Held, parts: int, normalise
         else:
             result[owner] = _over(total, _trace(total))
     return result
+
+
+def _sum_halves_(grams: list[tuple[Tensor, Over]]) -> None:
+    """Sum symmetric matrices over ranks in place; of each only one half is sent, diagonal included."""
+    halves = []
+    for gram, _ in grams:
+        rows, columns = torch.tril_indices(gram.shape[-1], gram.shape[-1], device=gram.device)
+        halves.append((gram[:, rows, columns], rows, columns))
+    all_reduce_((half, over) for (half, _, _), (_, over) in zip(halves, grams, strict=True))
+    for (gram, _), (half, rows, columns) in zip(grams, halves, strict=True):
+        gram[:, rows, columns] = half
+        gram[:, columns, rows] = half
 
 
 def _gram(held: Held, place: Owner, side: Side, basis: Due, parts: int) -> tuple[Over, Tensor]:

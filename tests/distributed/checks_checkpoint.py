@@ -73,7 +73,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-@on(2, 4)
+@on(4)
 def a_resumed_rotated_run_is_the_uninterrupted_one_and_reshards() -> None:
     resumes_and_reshards(rotated)
 
@@ -198,11 +198,11 @@ def joints(model: nn.Module) -> tf.Symmetries:
     return tf.Symmetries(found, model=model)
 
 
-@on(2, 4)
+@on(4)
 def a_resumed_attached_run_is_the_uninterrupted_one_and_reshards() -> None:
     resumes_and_reshards(under_attach)
 
 
-@on(2, 4)
+@on(4)
 def a_resumed_fused_run_is_the_uninterrupted_one_and_reshards() -> None:
     resumes_and_reshards(fused)

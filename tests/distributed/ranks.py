@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # A check that takes longer hangs: its ranks are stopped, and it fails.
-SECONDS = float(os.environ.get("RANKS_SECONDS", "90"))
+SECONDS = float(os.environ.get("RANKS_SECONDS", "240"))
 CHECKS: dict[str, tuple[int, Callable[[], None]]] = {}
 
 
@@ -37,12 +37,13 @@ def on(*worlds: int) -> Callable[[Callable[[], None]], Callable[[], None]]:
     return register
 
 
-def load() -> dict[str, tuple[int, Callable[[], None]]]:
-    """All checks, by name; the modules that hold them find this one as `ranks`."""
+def load(files: list[str] | None = None) -> dict[str, tuple[int, Callable[[], None]]]:
+    """All checks, by name, or those of these files; the modules that hold them find this one as `ranks`."""
     sys.modules.setdefault("ranks", sys.modules[__name__])
     if str(HERE) not in sys.path:
         sys.path.insert(0, str(HERE))
-    for path in sorted(HERE.glob("checks_*.py")):
+    for path in sorted(HERE.glob("checks_*.py")) if files is None else map(Path, files):
+        sys.path.insert(0, str(path.parent))
         importlib.import_module(path.stem)
     return CHECKS
 
@@ -51,6 +52,7 @@ def _work(rank: int, world: int, names: list[str], folder: str, pipe: Connection
     import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
     )
@@ -104,7 +106,9 @@ def run_group(world: int, names: list[str]) -> dict[str, tuple[str | None, float
 
 
 def main(wanted: list[str]) -> int:
-    load()
+    files = [word for word in wanted if word.endswith(".py")]
+    load(files or None)
+    wanted = [word for word in wanted if word not in files]
     for module in {CHECKS[name][1].__module__ for name in wanted or CHECKS}:
         getattr(sys.modules[module], "prepare", lambda: None)()  # what all ranks need is made once, before they are forked
     names = wanted or list(CHECKS)

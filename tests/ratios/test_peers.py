@@ -17,6 +17,8 @@ from bench.peers.models import Workload, gpt, mlp
 from teleport_fast.experiments.gpt import GPTConfig
 from teleport_fast.experiments.memory import usage
 
+ARMS = [*(("gpt", arm) for arm in GPT_ARMS), *(("mlp", arm) for arm in MLP_ARMS)]
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -31,11 +33,7 @@ def small(kind: str) -> Workload:
 
 
 @pytest.mark.filterwarnings("ignore:the batch", "ignore::teleport_fast.data_dependent.RankWarning")
-@pytest.mark.parametrize(
-    ("kind", "arm"),
-    [*(("gpt", arm) for arm in GPT_ARMS), *(("mlp", arm) for arm in MLP_ARMS)],
-    ids=lambda value: getattr(value, "name", value),
-)
+@pytest.mark.parametrize(("kind", "arm"), ARMS, ids=lambda value: getattr(value, "name", value))
 def test_every_arm_steps_and_leaves_the_weights(kind: str, arm: Arm) -> None:
     if arm.name in ("SOAP", "SAM"):
         pytest.importorskip("pytorch_optimizer")

@@ -17,10 +17,11 @@ from bench.ratios import cases as cases_module
 from bench.ratios.__main__ import OPS, main
 from bench.ratios.cases import Case, cases
 from bench.ratios.compare import changes, verdict
-from bench.ratios.guard import RECORDED, other_machine, recorded, slower
+from bench.ratios.guard import RECORDED, other_machine, recorded, slower, speed
 from bench.ratios.measure import measure
 from teleport_fast import ops
-from teleport_fast.ops.backend import availability
+from teleport_fast.ops.backend import Op, availability
+from teleport_fast.ops.square_sums import _OP as square_sums_op
 
 needs_cpp = pytest.mark.skipif(availability("cpp") is not True, reason="the extension is not built")
 
@@ -76,8 +77,9 @@ def test_operations_by_formula_are_those_of_the_products(op: str) -> None:
 
 def test_a_row_holds_ratios_and_no_times() -> None:
     row = measure(sleeping("op", 0.5, 1.0), ["reference"], rounds=5, least=0.0)
-    assert row["routes"]["torch"]["speed"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert 1.6 < row["routes"]["reference"]["speed"]["median"] < 2.4
+    # The faster of the two plain routes is what all are compared with.
+    assert row["baseline"] == "reference" and row["routes"]["reference"]["speed"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert 0.4 < row["routes"]["torch"]["speed"]["median"] < 0.62
     assert set(row["routes"]["reference"]) == {"speed", "over_clone", "over_copy", "of_blas", "of_roof"}
     assert not any(key in ("seconds", "ms", "us") for key in row)
 
@@ -120,10 +122,36 @@ def test_the_command_writes_json_and_a_picture_and_compares(tmp_path: Path, caps
 
 def test_the_guard_catches_a_slow_kernel_and_lets_a_sound_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.ratios.guard.ATTEMPTS", ((3, 0.0), (3, 0.0)))
-    monkeypatch.setattr("bench.ratios.guard.speed", lambda case, rounds, least: {"sound": 1.3, "slow": 0.9}[case.op])
+    monkeypatch.setattr("bench.ratios.guard.speed", lambda case, *_: {"sound": 1.3, "slow": 0.9}[case.op])
     sound, slow = (replace(sleeping("op", 0.1, 0.2), op=name) for name in ("sound", "slow"))
-    lines = slower([sound, slow], {sound.name: 2.0, slow.name: 2.0})
+    lines = slower([sound, slow], {sound.name: ("torch", 2.0), slow.name: ("torch", 2.0)})
     assert lines == ["slow float32 1: 0.90 of torch's speed, recorded 2.00, allowed 1.20"]
+
+
+@needs_cpp
+def test_the_guard_sees_a_kernel_that_computes_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in cases(quick=True, only=("square_sums",)))
+    now = speed(case, "torch", 5, 0.05)
+    assert slower([case], {case.name: ("torch", now)}) == []
+    right = Op._kernel
+
+    def thrice(self: Op, backend: str) -> Any:
+        kernel = right(self, backend)
+
+        def slow(*arguments: Any) -> Any:
+            kernel(*arguments)
+            kernel(*arguments)
+            return kernel(*arguments)
+
+        return slow if (self.name, backend) == (case.op, "cpp") else kernel
+
+    monkeypatch.setattr(Op, "_kernel", thrice)
+    square_sums_op._choose.cache_clear()
+    try:
+        lines = slower([case], {case.name: ("torch", now)})
+    finally:
+        square_sums_op._choose.cache_clear()
+    assert len(lines) == 1 and lines[0].startswith("square_sums float32")
 
 
 @needs_cpp

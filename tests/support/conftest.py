@@ -94,7 +94,7 @@ class Run:
     def loss(self, step: int, rows: slice = slice(None)) -> Tensor:
         # a target, so that no rate is too large for long
         generator = torch.Generator().manual_seed(step % 4)
-        x = torch.randn(6, 4, generator=generator).to(self.model[0].weight.dtype)
+        x = torch.randn(6, 4, generator=generator).to(next(self.model.parameters()).dtype)
         target = x.roll(1, dims=1)
         loss: Tensor = (self.model(x[rows]) - target[rows]).square().mean()
         return loss

@@ -9,11 +9,13 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "support.md"
+PACKAGES = ("torch", "schedulefree", "transformers", "peft", "accelerate", "lightning")
 HEAD = """# What works with which optimizer
 
 Every cell is the outcome of tests in `tests/support`, written by `python tests/support/write_page.py`: **yes** was tested and works,
 **refused** is an error that says what to do, checked too. `attach` (or `Teleport`) is put around the first eight; `tf.optim.AdamW` and
-`tf.optim.Rotated` move by themselves. All of it ran on a CPU{versions}; nothing on a GPU, where `capturable` and CUDA graphs belong.
+`tf.optim.Rotated` move by themselves. All of it ran on a CPU{versions};
+nothing on a GPU, where `capturable` and CUDA graphs belong.
 A step that a CUDA graph captures is refused, since it would replay without its schedule.
 
 """
@@ -61,12 +63,11 @@ def render(cells: dict[str, dict[str, set[str]]]) -> str:
 def main() -> int:
     from importlib.metadata import version
 
-    import schedulefree  # noqa: F401
-    import torch
-
+    # a missing one stops here: its rows would read "not run"
+    found = [f"{package} {version(package).partition('+')[0]}" for package in PACKAGES]
     outcomes = Outcomes()
     status = int(pytest.main([str(HERE), "-q", "-p", "no:cacheprovider"], plugins=[outcomes]))
-    versions = f" with torch {torch.__version__.partition('+')[0]} and schedulefree {version('schedulefree')}"
+    versions = f" with {', '.join(found[:-1])} and {found[-1]}"
     PAGE.write_text(HEAD.format(versions=versions) + render(outcomes.cells))
     print(PAGE)
     return status
