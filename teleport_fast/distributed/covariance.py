@@ -108,8 +108,7 @@ class Covariances:
         key = (id(run), part, parts)
         if key not in self._taken:
             views = [joint.plus[0] for joint in run.views.joints]
-            whole = [None] * len(views)
-            self._taken[key] = whole if parts == 1 else [taken(v, gradients[v.parameter], part, parts) for v in views]
+            self._taken[key] = [None if parts == 1 else taken(v, gradients[v.parameter], part, parts) for v in views]
         return self._taken[key]
 
     def _sizes(

@@ -65,7 +65,7 @@ class Element:
         permutation, or given as its own inverse transpose (a rotation). For finite elements."""
         if self.form != "dense" or self.turns or not self.g.numel():
             return torch.ones(len(self.g), dtype=torch.float32, device=self.g.device)
-        values = torch.linalg.svdvals(self.g)
+        values: Tensor = torch.linalg.svdvals(self.g)
         return values[..., 0] / values[..., -1]
 
     @property
