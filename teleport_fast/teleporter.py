@@ -201,8 +201,9 @@ class Teleporter:
 
     @torch.no_grad()
     def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
-        everything, norm, place = step.everything, step.norm, self.plan.place
+        everything, norm = step.everything, step.norm
         parameters = self.plan.parameters(optimizer)
+        place = self.plan.place  # after the parameters: where they lie is looked up with them
         gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
         if len(serving) < len(self.plan.buckets):

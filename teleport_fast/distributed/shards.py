@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from teleport_fast.distributed.covariance import Covariances, Run, runs_of
+from teleport_fast.distributed.covariance import Covariances
 from teleport_fast.distributed.layout import Layout, Over, as_dtensor, layout_of, local_part, widest_mesh
 from teleport_fast.distributed.parts import Local, Part, Turn, local_of, zeros
 from teleport_fast.distributed.reduce import all_reduce_
@@ -44,7 +44,7 @@ class Shards(Whole):
         # by the bucket's id, and with the bucket, so that no other one takes its id
         self._locals: dict[object, tuple[Bucket, Local]] = {}
         self._bare: dict[int, tuple[Bucket, Bucket]] = {}
-        self._runs: dict[int, tuple[Bucket, list[Run]]] = {}
+        self._covariances = Covariances(self._over, self._local, self._counts)
 
     def refuses(self, objective: Objective, joint: Joint, parameters: Mapping[str, Tensor]) -> str | None:
         assert self._mesh is not None
@@ -97,21 +97,14 @@ class Shards(Whole):
         if not isinstance(objective, Eigenbasis):
             super().observe(objective, serving, {name: local_part(tensor) for name, tensor in gradients.items()})
         elif objective.takes == "steps":
-            self._take_up(objective, serving, gradients)
-
-    def _take_up(self, objective: Eigenbasis, serving: Sequence[tuple[int, Bucket]], gradients: Mapping[str, Tensor]) -> None:
-        for _, bucket in serving:
-            if id(bucket) not in self._runs:
-                self._runs[id(bucket)] = bucket, runs_of(bucket)
-        runs = [(index, bucket, self._runs[id(bucket)][1]) for index, bucket in serving]
-        Covariances(gradients, self._over, self._local, self._counts).observe_(objective, runs)
+            self._covariances.observe_(objective, serving, gradients)
 
     def elements(
         self, objective: Objective, serving: Sequence[tuple[int, Bucket]], move: Move
     ) -> Iterator[tuple[int, Bucket, Found]]:
         """Buckets of disjoint parameters share one all-reduce; the next such round sees what this one has moved."""
         if isinstance(objective, Eigenbasis) and objective.takes == "turns":
-            self._take_up(objective, serving, move.gradients)
+            self._covariances.observe_(objective, serving, move.gradients)
         for buckets in _rounds(serving):
             totals = {i: self._sums(objective, bucket, move) for i, bucket in buckets if objective.needs_whole(bucket.joints[0]) is None}
             all_reduce_([(total, self._over) for sums in totals.values() for total in sums])
