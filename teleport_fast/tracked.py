@@ -15,6 +15,7 @@ from teleport_fast.distributed.layout import described
 from teleport_fast.plan import Plan
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.writes import Write
 
 # What averaging, compiling and data-parallel wrappers put before a parameter's name.
 PREFIXES = ("module.", "_orig_mod.")
@@ -42,7 +43,12 @@ class Tracked:
         self._copies[handle.id] = weakref.ref(copy) if isinstance(copy, nn.Module) else lambda: copy
         return handle
 
-    def move_(self, bucket: Bucket, element: Element | Split) -> None:
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    def writes(self, bucket: Bucket, element: Element | Split) -> list[Write]:
+        """What moves every copy that is still there."""
+        writes: list[Write] = []
         for number, copy in list(self._copies.items()):
             found = copy()
             if found is None:
@@ -50,7 +56,8 @@ class Tracked:
                 continue
             tensors = _named(found)
             device = tensors[bucket.parameters()[0]].device
-            self._plan.place.move_(bucket, element.to(device), [(PARAMETER, tensors)])
+            writes += self._plan.place.writes(bucket, element.to(device), [(PARAMETER, tensors)])
+        return writes
 
 
 def _named(copy: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

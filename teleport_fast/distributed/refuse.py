@@ -33,7 +33,7 @@ def impossible(objective: Objective, joint: Joint, parameters: Mapping[str, Tens
                 f"{lies} on ranks {layout.mesh.mesh.tolist()}, which are not part of those of the widest mesh, "
                 f"{widest.mesh.tolist()}; put the joint's parameters on one mesh, or on slices of one"
             )
-        if _is_ragged(layout):
+        if is_ragged(layout):
             return (
                 f"{lies} with parts of unequal length, for which torch keeps no account of who holds what; choose a "
                 f"dimension that the ranks divide (shard_placement_fn of fully_shard)"
@@ -43,7 +43,7 @@ def impossible(objective: Objective, joint: Joint, parameters: Mapping[str, Tens
     return None
 
 
-def _is_ragged(layout: Layout) -> bool:
+def is_ragged(layout: Layout) -> bool:
     """Whether placements of a dimension that is cut twice say another thing than what its ranks hold.
 
     fully_shard cuts what tensor parallelism has cut before, so right to left; _StridedShard tells it left to right, which is the

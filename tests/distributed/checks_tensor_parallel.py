@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import teleport_fast as tf
 from teleport_fast.distributed import Layout, counted
-from teleport_fast.distributed.refuse import _is_ragged, impossible
+from teleport_fast.distributed.refuse import impossible, is_ragged
 from teleport_fast.objectives import GradNorm
 
 prepare = stand.prepare
@@ -82,7 +82,7 @@ def cuts_that_placements_tell_wrongly_are_refused() -> None:
     told = SimpleNamespace(size=lambda m=None: 6 if m is None else (3, 2)[m], shape=(3, 2), mesh=mesh.mesh, ndim=2)
     for size, wrong in ((7, True), (8, False), (10, False), (12, False)):
         layout = Layout((size, 4), told, (_StridedShard(0, split_factor=2), Shard(0)))
-        assert _is_ragged(layout) is wrong, size
+        assert is_ragged(layout) is wrong, size
     for parameter in list(model):
         parameter.weight = nn.Parameter(distribute_tensor(parameter.weight.detach(), mesh, [Shard(0), Shard(1)]))
     assert impossible(GradNorm(), joint, dict(model.named_parameters()), mesh) is None
