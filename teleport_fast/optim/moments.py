@@ -19,6 +19,8 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 State = Mapping[Tensor, dict[str, Any]]
 Members = dict[Owner, list[tuple[Owner, Side]]]
 Groups = list[dict[str, Any]]
+# What turns a basis, (heads, h, h), as one element or as several in turn: the way out of the old basis and that into the new one.
+Turn = tuple[Tensor, ...]
 
 
 def views_of(key: str, groups: Groups, state: State, sides: list[tuple[Owner, Side]]) -> list[Tensor]:
@@ -35,13 +37,13 @@ def turn_moments_(
     state: State,
     everyone: Members,
     held: Held,
-    turns: dict[Owner, Tensor],
+    turns: dict[Owner, Turn],
     projects: bool,
     sharded: bool,
 ) -> None:
     """Turn the first moments of these bases' matrices, either of those that are sharded or of the others; project second ones."""
     for key in ("exp_avg", "exp_avg_sq") if projects else ("exp_avg",):
-        acting = turns if key == "exp_avg" else {owner: turn.square() for owner, turn in turns.items()}
+        acting = turns if key == "exp_avg" else {owner: tuple(g.square() for g in turn) for owner, turn in turns.items()}
         chosen = {
             owner: [entry for entry in everyone[owner] if (held.placings.get(entry[0][:2]) is not None) == sharded]
             for owner in turns
@@ -51,12 +53,12 @@ def turn_moments_(
             continue
         for owner, turn in acting.items():
             views = views_of(key, groups, state, chosen[owner])
-            if views:
-                group_action_(views, [], turn)
+            for g in turn if views else ():
+                group_action_(views, [], g)
 
 
 def _turn_sharded_(
-    key: str, groups: Groups, state: State, sharded: Members, held: Held, turns: dict[Owner, Tensor]
+    key: str, groups: Groups, state: State, sharded: Members, held: Held, turns: dict[Owner, Turn]
 ) -> None:
     """Turn this state of sharded parameters along every side whose basis turned; rows before columns, as they share entries."""
     for axis in (0, 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from teleport_fast.ops.orthogonal_iteration import orthogonal_iteration_
 from teleport_fast.optim.assigned import Owner
 from teleport_fast.optim.bases import next_basis
 from teleport_fast.optim.dealt import deal, handed_out, made_here
-from teleport_fast.optim.moments import MOMENTS, Groups, Members, State, turn_moments_, views_of
+from teleport_fast.optim.moments import MOMENTS, Groups, Members, State, Turn, turn_moments_, views_of
 from teleport_fast.optim.sides import Side
 from teleport_fast.optim.summed import Due, Held, buckets_of, normalised_grams
 from teleport_fast.optim.views import part_of, view_of
 from teleport_fast.state import SECOND_MOMENTS
+from teleport_fast.writes import Write, Writes, signals_held
 
 AXES = ("rows", "columns")
 # Devices where Householder's QR is no slower than the Cholesky factor's.
@@ -87,7 +89,7 @@ class Refresh:
         dealt: dict[tuple[Any, ...], list[tuple[Owner, bool]]] = {}
         moments: dict[Owner, list[Tensor]] = {}
         squares: dict[Owner, list[Tensor]] = {}
-        turns: dict[Owner, Tensor] = {}
+        turns: dict[Owner, Turn] = {}
         projects = self.second_moments == "project"
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
@@ -123,7 +125,7 @@ class Refresh:
         for (shape, dtype, _, by_householder, _, _), owners in due.items():
             turning = [view for owner in owners for view in moments[owner]]
             turn = self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
-            turns.update(zip(owners, turn.split(shape[0]), strict=True))
+            turns.update((owner, (own,)) for owner, own in zip(owners, turn.split(shape[0]), strict=True))
             projected = [view for owner in owners for view in squares[owner]]
             if projected:
                 group_action_(projected, [], turn.square(), joints=len(owners))
@@ -149,26 +151,29 @@ class Refresh:
         by_householder: bool,
     ) -> Tensor:
         """Turn the owners' bases and these moments; the turn, (owners·heads, h, h)."""
+        # a turn and the moments that follow it are one: a signal waits, and what raises is called again
+        found: list[Tensor] = []
         entries = [(state[groups[g]["params"][i]], AXES[axis]) for g, i, axis in owners]
         bases = [entry[f"{axis}_basis"] for entry, axis in entries]
         covariances = [entry[f"{axis}_covariance"].to(dtype) for entry, axis in entries]
         if bases[0].device.type in HOUSEHOLDER:
             wide = [basis.to(dtype) for basis in bases]
-            turns = orthogonal_iteration_(wide, covariances)
-            for basis, found in zip(bases, wide, strict=True):
-                if found is not basis:
-                    basis.copy_(found)
+            writes: list[Write] = [lambda: found.append(orthogonal_iteration_(wide, covariances))]
+            writes += [partial(basis.copy_, to) for basis, to in zip(bases, wide, strict=True) if to is not basis]
         else:
             before = torch.cat(bases).to(dtype)
             after, ill = next_basis(torch.cat(covariances), before, by_householder)
             for index, (owner, (entry, axis)) in enumerate(zip(owners, entries, strict=True)):
                 rows = slice(index * heads, (index + 1) * heads)
-                entry[f"{axis}_basis"].copy_(after[rows])
                 self._send(owner, entry, axis, ill[rows].any())
-            turns = after @ before.mT
+            found.append(after @ before.mT)
+            pairs = zip(bases, after.split(heads), strict=True)
+            writes = [partial(basis.copy_, to) for basis, to in pairs]
         if moments:
-            group_action_(moments, [], turns, joints=len(owners))
-        return turns
+            writes.append(lambda: group_action_(moments, [], found[0], joints=len(owners)))
+        with signals_held():
+            Writes(writes).finish()
+        return found[0]
 
     def _turn_dealt_(
         self,
@@ -197,11 +202,13 @@ class Refresh:
         made = made_here(own, dtype, flagged)
         sizes = {owner: basis.numel() + flagged for owner, basis in bases.items()}
         for arrived in handed_out(made, sizes, sources, spread, dtype, bases[owners[0]].device):
-            turns: dict[Owner, Tensor] = {}
+            turns: dict[Owner, Turn] = {}
             for owner, flat_basis in arrived.items():
                 basis = bases[owner]
                 after = flat_basis[: basis.numel()].view(basis.shape)
-                turns[owner] = after @ basis.to(dtype).mT
+                before = basis.to(dtype).mT.contiguous()
+                # for a rank's part two turns are less than their product, which squares would need
+                turns[owner] = (after @ before,) if projects else (before, after)
                 basis.copy_(after)
                 if flagged:
                     self._send(owner, holders[owner], AXES[owner[2]], flat_basis[-1] > 0)

@@ -112,13 +112,13 @@ def moved_by(teleporter: Any) -> list[Tensor]:
     """Every element that the engine applies from now on."""
     seen: list[Tensor] = []
     place = teleporter.plan.place
-    original = place.move_
+    original = place.writes
 
-    def move_(bucket: Any, element: Any, sources: Any) -> None:
+    def writes(bucket: Any, element: Any, sources: Any) -> Any:
         seen.append(element.g.clone() if hasattr(element, "g") else torch.cat((element.plus.g, element.minus.g)).clone())
-        original(bucket, element, sources)
+        return original(bucket, element, sources)
 
-    place.move_ = move_
+    place.writes = writes
     return seen
 
 
