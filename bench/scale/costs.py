@@ -178,7 +178,8 @@ def _gradient_norm(joint: Joint, ranks: int) -> Work:
         own_products=2.0 * EXPONENTIAL_PRODUCTS * matrices * joint.width**3,
         streamed=streamed + 4 * FLOAT * matrices * joint.width**2,
         reduced=FLOAT * matrices * joint.width**2,
-        exchanged=2 * FLOAT * cut,
+        # the gradient for its Gram, then all that moves there and back
+        exchanged=FLOAT * cut * (2 + 1 / MOVED),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from bench.scale.__main__ import PAGE, main
 from bench.scale.costs import GRAD_NORM, ROTATIONS, Method, Work, at_refresh, every_step, state
 from bench.scale.machines import H100, Reached, all_reduce, exchange, sent
-from bench.scale.report import page, written
+from bench.scale.report import page, short, written
 from bench.scale.shapes import LLAMA_7B, LLAMA_70B
 from bench.scale.simulate import GPUS, PERCENT, Setting, least_every, least_tokens, seconds, simulate, training_step
 
@@ -69,6 +69,10 @@ def test_state_lies_on_every_rank_in_shards_and_on_one_where_it_is_dealt() -> No
     assert simulate(LLAMA_70B, dealt, 8, SETTING).state == state(LLAMA_70B, dealt) / 8
     # no rank has less than a matrix with its bases: 8192² and 448 of 64² twice over
     assert simulate(LLAMA_70B, dealt, 4096, SETTING).state == 8 * (8192**2 + 448 * 64**2)
+
+
+def test_figures_have_two_digits_and_no_exponent() -> None:
+    assert [short(x) for x in (0.0, 0.00123, 2.345, 99.6, 12345.0)] == ["0", "0.0012", "2.3", "100", "12,000"]
 
 
 def test_the_page_is_what_the_command_writes() -> None:
