@@ -142,14 +142,16 @@ class Symmetries:
                 moves.append((joint, Element.of(joint.group, g)))
             except torch.linalg.LinAlgError:
                 raise ValueError(f"element of joint {name!r} is singular; pass an invertible element") from None
-        sharded = any(as_dtensor(tensor) is not None for tensor in tensors.values())
-        for joint, element in moves:
-            if sharded:
-                from teleport_fast.distributed.shards import Shards
-
-                Shards(list(tensors.values())).move_(Bucket((joint,)), element, [(PARAMETER, tensors)])
-            else:
+        if all(as_dtensor(tensor) is None for tensor in tensors.values()):
+            for joint, element in moves:
                 Bucket((joint,)).move_(element, [(PARAMETER, tensors)])
+            return
+        from teleport_fast.distributed.shards import Shards
+
+        shards = Shards(list(tensors.values()))
+        for joint, element in moves:
+            for write in shards.writes(Bucket((joint,)), element, [(PARAMETER, tensors)]):
+                write()
 
     def random(
         self, radius: float = 0.5, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float64
