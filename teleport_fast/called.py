@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar, cast
@@ -71,9 +72,14 @@ def found_inf(optimizer: Optimizer) -> Tensor | None:
     return local_part(found) if isinstance(found, Tensor) else None
 
 
-def unless(void: Tensor, element: E) -> E:
-    """The element, or the identity where `void` (0-d bool) holds or an entry is not finite; nothing is read back."""
-    void = void.to(element.finite().device, non_blocking=True) | ~element.finite()
+def unless(void: Tensor, element: E, max_condition: float = math.inf) -> E:
+    """The element, or the identity where `void` (0-d bool) holds, an entry is not finite or a condition number is too large;
+    nothing is read back."""
+    finite = element.finite()
+    void = void.to(finite.device, non_blocking=True) | ~finite
+    if isinstance(element, Element) and element.form == "dense" and not element.turns and not math.isinf(max_condition):
+        # an SVD of what is not finite raises
+        void = void | (_or_identity(void, element).conditions() > max_condition).any()
     if isinstance(element, Split):
         return cast(E, Split(_or_identity(void, element.plus), _or_identity(void, element.minus)))
     return cast(E, _or_identity(void, element))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,31 +11,39 @@ from torch.optim import Optimizer
 from teleport_fast.plan import Plan
 from teleport_fast.state import NORMALISED, forget_, state_sources
 from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE, Bucket, Element, Split
+from teleport_fast.writes import Write
 
 
-def move_all_(
+def writes_of(
     optimizer: Optimizer,
     plan: Plan,
     parameters: dict[str, Tensor],
     gradients: dict[str, Tensor],
     moves: Sequence[tuple[int, Bucket, Element | Split]],
     second_moments: str,
-) -> None:
-    """Parameters, gradients, first moments in one pass per bucket; second moments as `second_moments` says."""
-    if not moves:
-        return
-    states, place = state_sources(optimizer, parameters), plan.place
-    for _, bucket, element in moves:
+) -> list[Write]:
+    """Parameters, gradients, first moments in one pass per bucket; second moments as `second_moments` says.
+
+    Nothing is written before the first of the calls. What a reset forgets the next bucket does not move: there the state is
+    looked up call by call.
+    """
+    states, place = state_sources(optimizer, parameters) if moves else [], plan.place
+
+    def of(bucket: Bucket, element: Element | Split, states: list[tuple[str, dict[str, Tensor]]] | None = None) -> list[Write]:
+        states = state_sources(optimizer, parameters) if states is None else states
         moving = [source for source in states if source[0] != NORMALISED]
         carried = [(PARAMETER, buffers)] if (buffers := plan.buffers(bucket)) else []
-        place.move_(bucket, element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
+        found = place.writes(bucket, element, [(PARAMETER, parameters), (COVECTOR, gradients), *moving, *carried])
         normalised = [(COVECTOR, tensors) for kind, tensors in states if kind == NORMALISED]
         if normalised:
-            place.move_(bucket, element.signs(), normalised)
+            found += place.writes(bucket, element.signs(), normalised)
         if element.form in ("diagonal", "permutation") or second_moments == "keep":
-            continue
+            return found
         if second_moments == "project" and isinstance(element, Element):
-            place.move_(bucket, element.squared(), [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE])
-        else:
-            forget_(optimizer, [parameters[name] for name in bucket.parameters()])
-            states = state_sources(optimizer, parameters)
+            squares = [(COVECTOR, tensors) for kind, tensors in states if kind == SQUARE]
+            return found + place.writes(bucket, element.squared(), squares)
+        return [*found, partial(forget_, optimizer, [parameters[name] for name in bucket.parameters()])]
+
+    if second_moments == "reset":
+        return [partial(of, bucket, element) for _, bucket, element in moves]
+    return [write for _, bucket, element in moves for write in of(bucket, element, states)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from teleport_fast.writes import Write
 
 # entries whose norm is taken at once on a CPU
 PIECE = 16384
@@ -18,18 +21,21 @@ def total_norm(tensors: Mapping[str, Tensor]) -> Tensor:
     return whole
 
 
-def clip_(
+def clipping(
     gradients: Iterable[Tensor],
     measured: Mapping[str, Tensor],
     max_norm: float | None,
     norm: Callable[[Mapping[str, Tensor]], Tensor] = total_norm,
-) -> None:
-    """Scale gradients so that the norm of `measured` comes to `max_norm`, as torch.nn.utils.clip_grad_norm_."""
+) -> list[Write]:
+    """What scales gradients so that the norm of `measured` comes to `max_norm`, as torch.nn.utils.clip_grad_norm_."""
     if max_norm is None:
-        return
+        return []
     factor = (max_norm / (norm(measured) + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
+    return [partial(_scale_, gradient, factor) for gradient in gradients]
+
+
+def _scale_(gradient: Tensor, factor: Tensor) -> None:
+    gradient.mul_(factor.to(gradient.device, gradient.dtype, non_blocking=True))
 
 
 def _pieces(tensor: Tensor) -> Iterable[Tensor]:

@@ -16,6 +16,7 @@ from teleport_fast.objectives import Objective, make_objective
 from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
 from teleport_fast.search import check_radius
+from teleport_fast.soundness import check_bound
 from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.teleporter import Teleporter
@@ -41,6 +42,7 @@ def attach(
     seed: int = 0,
     max_norm: float | None = None,
     group: ProcessGroup | None = None,
+    max_condition: float | None = None,
 ) -> Teleporter:
     """Teleport the optimizer's parameters before the steps at which `schedule` fires; returns the Teleporter.
 
@@ -57,6 +59,10 @@ def attach(
     before the step, as ever. group: the process group whose ranks hold the same plain weights (DistributedDataParallel): its first
     rank's elements, and decisions of schedules that may differ, hold for all. DTensors (fully_shard, tensor parallelism) need
     none: see docs/distributed.md.
+    max_condition: a dense g whose condition number is above this is not used, with a warning that names the joint, and descents
+    stop there. 1/√eps by default, 2896 in float32 and 6.7e7 in float64 (docs/training.md); rotations have 1, ascents by a radius
+    r at most exp(√2 r), frames of "scaled" the bound of its `ridge`.
+    A move is whole or was not begun, whatever raises in it; a signal's handler runs after it (docs/adr/0005).
     A step that would teleport on a non-finite gradient is skipped whole, with a warning that names the parameter.
     Errors: ValueError for an unknown objective, direction, frame or policy, a radius that is not positive, a joint
     whose parameter is not in the optimizer or does not fit; TypeError for what is no Optimizer, has no step hooks, evaluates its
@@ -83,6 +89,7 @@ def attach(
         seed,
         max_norm,
         group,
+        max_condition,
     )
 
 
@@ -100,6 +107,7 @@ def attach_as(
     seed: int = 0,
     max_norm: float | None = None,
     group: ProcessGroup | None = None,
+    max_condition: float | None = None,
 ) -> Engine:
     """`attach` with an engine of another class than Teleporter."""
     check_base(optimizer)
@@ -150,6 +158,7 @@ def attach_as(
             RuntimeWarning,
             stacklevel=3,
         )
+    check_bound(max_condition)
     live = _attached.setdefault(optimizer, weakref.WeakSet())
     taken = {teleporter._counter for teleporter in live if teleporter._handles}
     counter = next(key for i in range(len(taken) + 1) if (key := f"teleport_step{i or ''}") not in taken)
@@ -166,6 +175,7 @@ def attach_as(
         seed,
         max_norm,
         group,
+        max_condition,
     )
     if on_teleport is not None:
         teleporter.after_move.append(on_teleport)

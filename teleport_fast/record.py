@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from array import array
+from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
@@ -46,3 +47,48 @@ class Pending:
         before, after, radius = float(self.before), float(self.after), float(self.radius)
         condition = math.nan if self.condition is None else float(self.condition)
         return TeleportRecord(self.step, before, after, radius, self.seconds, self.joints, condition)
+
+
+class Records:
+    """One entry per teleport, oldest first: the latest may still lie on the device, older ones are kept as 56 bytes each.
+
+    They are read back half of `LATEST` at a time, so that a run of a million teleports neither waits at each nor grows by their
+    tensors (about 2 kB a record).
+    """
+
+    LATEST = 512
+
+    def __init__(self) -> None:
+        self._packed = array("d")
+        self._latest: list[Pending | TeleportRecord] = []
+
+    def append(self, entry: Pending | TeleportRecord) -> None:
+        self._latest.append(entry)
+        if len(self._latest) >= self.LATEST:
+            oldest, self._latest = self._latest[: self.LATEST // 2], self._latest[self.LATEST // 2 :]
+            for record in _settled(oldest):
+                self._packed.extend(astuple(record))
+
+    def read(self) -> list[TeleportRecord]:
+        """All of them; each is read off the device once, when somebody asks. Void ones are left out."""
+        rows = (self._packed[i : i + 7] for i in range(0, len(self._packed), 7))
+        older = [
+            TeleportRecord(int(step), before, after, radius, seconds, int(joints), condition)
+            for step, before, after, radius, seconds, joints, condition in rows
+        ]
+        latest = _settled(self._latest)
+        self._latest = [*latest]
+        return older + latest
+
+    def last(self) -> TeleportRecord | None:
+        """The last record that was not void."""
+        latest = _settled(self._latest)
+        self._latest = [*latest]
+        if latest:
+            return latest[-1]
+        return self.read()[-1] if self._packed else None
+
+
+def _settled(entries: list[Pending | TeleportRecord]) -> list[TeleportRecord]:
+    kept = (entry for entry in entries if isinstance(entry, TeleportRecord) or not entry.void())
+    return [entry if isinstance(entry, TeleportRecord) else entry.read() for entry in kept]

@@ -87,17 +87,25 @@ def geometric_mean(gram_plus: Tensor, gram_minus: Tensor, ridge: float | None = 
     return torch.where(usable, (vectors * log.unsqueeze(-2)) @ vectors.mT, 0.0)
 
 
-def geodesic_descent(group: Group, gram_plus: Tensor, gram_minus: Tensor, radius: float) -> tuple[Element, Tensor]:
+def geodesic_descent(
+    group: Group, gram_plus: Tensor, gram_minus: Tensor, radius: float, max_condition: float = math.inf
+) -> tuple[Element, Tensor]:
     """Lower J(P) along the geodesic to its minimum, as far as `radius` allows; returns the element and the length used.
 
     J is a sum over the group's factors, each convex along its part of that geodesic with its minimum at the end, so any
-    part of the way lowers it. radius may be inf.
+    part of the way lowers it. radius may be inf. A head whose g would have a condition number above `max_condition` goes as far
+    as this one.
     """
     check_radius(radius, finite=False)
     assert isinstance(group, DenseGroup)
     algebra = group.project(geometric_mean(group.project(gram_plus), group.project(gram_minus)) / 2)
     if not math.isinf(radius):
         algebra = group.scale_to(algebra, radius, only_down=True)
+    if not math.isinf(max_condition) and algebra.numel():
+        values = torch.linalg.eigvalsh(algebra)
+        spread = (values[..., -1:] - values[..., :1]).unsqueeze(-1)
+        # g is computed in the Grams' dtype: a hair below the bound stays below it
+        algebra = algebra * (0.999 * math.log(max_condition) / spread).clamp(max=1.0)
     return exponential(algebra.to(gram_plus.dtype)), group.factor_norm(algebra).to(gram_plus.dtype)
 
 
@@ -112,7 +120,9 @@ def diagonal_extremum(a: Tensor, p: float, b: Tensor, q: float, radius: float, d
     if descend:
         t = (a * p).log().sub_((b * q).log()) / (p + q)
         t = torch.where((a > 0) & (b > 0), t, torch.zeros_like(t) if math.isinf(radius) else t.nan_to_num(0.0))
-        return t.clamp(-radius, radius)
+        # the squares of s^p and s^q, which second moments take, and of their inverses stay normal numbers
+        furthest = min(radius, math.log(torch.finfo(t.dtype).max) / (2.1 * max(p, q)))
+        return t.clamp(-furthest, furthest)
     # filled in a's dtype: where() of two Python numbers gives float32, whose 0.3 lies outside a ball of radius 0.3
     outwards = torch.full_like(a, radius)
     # J(radius) − J(−radius) = 2 (b sinh(q·radius) − a sinh(p·radius)); the ratio of the two sinh does not overflow

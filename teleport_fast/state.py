@@ -63,13 +63,15 @@ def _roles(optimizer: Optimizer) -> dict[str, str]:
 def forget_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
     """Let the state of `parameters` start anew; Adagrad's exists before its first step, so it is put back."""
     for parameter in parameters:
-        state = optimizer.state.pop(parameter, None)
+        state = optimizer.state.get(parameter)
         if state and isinstance(optimizer, torch.optim.Adagrad):
             begin = optimizer.defaults["initial_accumulator_value"]
             optimizer.state[parameter] = {
                 "step": torch.zeros_like(state["step"]),
                 "sum": torch.full_like(state["sum"], begin),
             }
+        else:
+            optimizer.state.pop(parameter, None)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

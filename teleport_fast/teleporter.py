@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +19,19 @@ from teleport_fast.called import found_inf, full_precision, has_no_rate, is_nest
 from teleport_fast.flag import Flag
 from teleport_fast.gradients import Gradients
 from teleport_fast.history import History
-from teleport_fast.moving import move_all_
+from teleport_fast.moving import writes_of
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.plan import Plan
-from teleport_fast.record import Pending, TeleportRecord
+from teleport_fast.record import Pending, Records, TeleportRecord
 from teleport_fast.schedule import Schedule, StepInfo
+from teleport_fast.searching import Waves, search
 from teleport_fast.skipped import PutAside, is_skipping
+from teleport_fast.soundness import remembered, restore, usual_bound
 from teleport_fast.state import state_sources
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
+from teleport_fast.writes import TRIES, Write, Writes, deliver, signals_held
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,21 +54,23 @@ class Teleporter:
         seed: int,
         max_norm: float | None = None,
         group: ProcessGroup | None = None,
+        max_condition: float | None = None,
     ) -> None:
         # the optimizer's hooks hold the teleporter: a strong reference back would keep the model until the next gc
         self._optimizer = weakref.ref(optimizer)
         self.symmetries, self.objective, self.schedule = symmetries, objective, schedule
         self.radius, self.frame, self.descend, self.second_moments = radius, frame, descend, second_moments
-        self.max_norm = max_norm
+        self.max_norm, self.max_condition = max_norm, max_condition
         self.with_condition = False
         self.plan = Plan(symmetries, optimizer, objective, group)
         self.before_move: list[Callable[[Teleporter], object]] = []
         self.after_move: list[Callable[[TeleportRecord], object]] = []
         self._counter, self._seed = counter, seed
-        self._history: list[Pending | TeleportRecord] = []
+        self._history = Records()
         self._held: dict[int, Element] = {}
         self._away: list[tuple[int, Bucket, Element | Split]] = []
         self._put_aside = PutAside()
+        self._unfinished, self._signals, self._waves = Writes(), list[int](), Waves()
         self._counts_this_step = False
         self._depth = 0
         self._warned: set[str] = set()
@@ -77,7 +83,7 @@ class Teleporter:
         self._handles = [
             optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
             optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
-            optimizer.register_state_dict_pre_hook(lambda _: self._settle()),
+            optimizer.register_state_dict_pre_hook(self._before_state_dict),
         ]
         # last in, first out: of two teleporters the inner comes back first, and other hooks see weights that are back
         optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
@@ -108,13 +114,10 @@ class Teleporter:
     @property
     def history(self) -> History:
         """One record per teleport, oldest first; each is read off the device once, when somebody asks."""
-        entries = (entry for entry in self._history if isinstance(entry, TeleportRecord) or not entry.void())
-        self._history = [entry if isinstance(entry, TeleportRecord) else entry.read() for entry in entries]
-        return History(entry for entry in self._history if isinstance(entry, TeleportRecord))
+        return History(self._history.read())
 
     def _last_record(self) -> TeleportRecord | None:
-        history = self.history
-        return history[-1] if history else None
+        return self._history.last()
 
     def track(self, copy: nn.Module | Mapping[str, Tensor]) -> RemovableHandle:
         """Move this copy of the weights (EMA, SWA, a reference model) too, whenever the weights move and stay.
@@ -157,7 +160,7 @@ class Teleporter:
         if "schedule" in state:
             self.schedule.load_state_dict(state["schedule"])
         self._held = {int(i): Element(*parts) for i, parts in state.get("held", {}).items()}
-        self._away, self._verdict = [], None
+        self._away, self._verdict, self._unfinished = [], None, Writes()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._depth and is_nested(optimizer):
@@ -187,13 +190,20 @@ class Teleporter:
             fires = self.plan.place.fires(self.schedule, StepInfo(self.step_count, optimizer, step.norm, self._last_record))
         holding = bool(self._held) and self.frame == "return" and self.objective.holds
         if fires or holding or self._watches:
-            self._move(optimizer, step, fires, holding)
+            try:
+                self._move(optimizer, step, fires, holding)
+            except BaseException:
+                # a basis that is held was already taken up
+                if self._away and not self._unfinished:
+                    self._come_back(optimizer)
+                raise
         return changed
 
     @torch.no_grad()
     def _move(self, optimizer: Optimizer, step: Gradients, fires: bool, holding: bool) -> None:
-        everything, norm, place = step.everything, step.norm, self.plan.place
+        everything, norm = step.everything, step.norm
         parameters = self.plan.parameters(optimizer)
+        place = self.plan.place  # after the parameters: where they lie is looked up with them
         gradients = {name: everything()[name] for name in parameters if name in everything()}
         serving = self.plan.serving(set(gradients))
         if len(serving) < len(self.plan.buckets):
@@ -208,7 +218,7 @@ class Teleporter:
                 held = [(i, bucket, self._held[i]) for i, bucket in serving if i in self._held]
                 if verdict is not None:
                     held = [(i, bucket, unless(verdict > 0, element)) for i, bucket, element in held]
-                self._go(parameters, gradients, held, "keep")
+                self._commit(self._listed(self._writes(parameters, gradients, held, "keep")))
             if verdict is None:
                 place.observe(self.objective, serving, gradients)
                 if fires and norm() > 0:
@@ -219,6 +229,11 @@ class Teleporter:
             if fires:
                 void = void | (place.norm(everything()) == 0).to(void.device, non_blocking=True)
                 self.objective.unless(void, lambda: self._teleport(parameters, gradients, everything(), serving, void))
+
+    def _bound(self, parameters: dict[str, Tensor]) -> float:
+        if self.max_condition is not None:
+            return self.max_condition
+        return min(usual_bound(parameter.dtype) for parameter in parameters.values())
 
     def _teleport(
         self,
@@ -236,42 +251,49 @@ class Teleporter:
         for hook in self.before_move:
             hook(self)
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + self.step_count) % 2**63)
-        move = Move(parameters, gradients, self.radius, self.descend, generator)
+        move = Move(parameters, gradients, self.radius, self.descend, generator, self._bound(parameters))
         measured = Move(parameters, everything, self.radius, self.descend, generator)
-        place = self.plan.place
-        before, moved = place.value(self.objective, measured), 0
-        radius: Tensor | None = None
+        place, moved, radii, noted = self.plan.place, 0, list[Tensor](), list[Pending]()
+        before = place.value(self.objective, measured)
         asked = self.with_condition or bool(self.after_move)
         condition = torch.ones(()) if asked else None
-        for index, bucket, found in place.elements(self.objective, serving, move):
-            if found is None:
-                continue
-            element, used = found
-            if void is not None:
-                element = unless(void, element)
-            elif not bool(element.finite()):
-                self._warn(f"joint {bucket.joints[0].name!r}: the search gave a non-finite element, the joint stays")
-                continue
-            self._go(parameters, gradients, [(index, bucket, element)], self.second_moments)
-            self._hold(index, element)
-            radius = _larger(radius, used)
-            if asked and self.objective.stretches and bucket.group.holds_stretches:
-                condition = _larger(condition, element.condition())
-            moved += len(bucket.joints)
-        after = place.value(self.objective, measured)
-        self._clip(everything)
-        radius, seconds = torch.zeros(()) if radius is None else radius, time.perf_counter() - start
-        pending = Pending(self.step_count, before, after, radius, seconds, moved, void, condition)
-        if not self.after_move:
-            self._history.append(pending)
-        elif not pending.void():
-            record = pending.read()
-            self._history.append(record)
+
+        def note() -> None:
+            radius: Tensor | None = None
+            for used in radii:
+                radius = _larger(radius, used)
+            radius, after = torch.zeros(()) if radius is None else radius, place.value(self.objective, measured)
+            noted.append(Pending(self.step_count, before, after, radius, time.perf_counter() - start, moved, void, condition))
+            self._history.append(noted[-1])
+
+        waves = self._waves.of(self.objective, serving)
+        for number, wave in enumerate(waves):
+            memory, writes = remembered(self.objective), Writes()
+            try:
+                found = search(place, self.objective, wave, move, void, self._warn)
+                moves = [one[:3] for one in found]
+                calls = self._writes(parameters, gradients, moves, self.second_moments)
+                calls += [partial(self._hold, index, element) for index, _, element in moves]
+                if number == len(waves) - 1:
+                    calls += [note, lambda: self._clipping(everything)]
+                moved += sum(len(bucket.joints) for _, bucket, _ in moves)
+                radii += [used for *_, used in found]
+                for _, bucket, element in moves:
+                    if condition is not None and self.objective.stretches and bucket.group.holds_stretches:
+                        condition = _larger(condition, element.condition())
+                writes = self._listed(calls)
+                self._commit(writes)
+            except BaseException:
+                if not writes.begun:
+                    restore(self.objective, memory)
+                raise
+        if self.after_move and not noted[-1].void():
+            record = noted[-1].read()
             for report in self.after_move:
                 report(record)
 
-    def _clip(self, everything: dict[str, Tensor]) -> None:
-        self.plan.place.clip_(everything.values(), everything, self.max_norm)
+    def _clipping(self, everything: dict[str, Tensor]) -> list[Write]:
+        return self.plan.place.clipping(everything.values(), everything, self.max_norm)
 
     def _hold(self, index: int, element: Element | Split) -> None:
         if self.frame == "return" and self.objective.holds:
@@ -279,19 +301,51 @@ class Teleporter:
             held = self._held.get(index)
             self._held[index] = element if held is None else element.after(held)
 
-    def _go(
+    def _writes(
         self,
         parameters: dict[str, Tensor],
         gradients: dict[str, Tensor],
         moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
-    ) -> None:
-        move_all_(self.optimizer, self.plan, parameters, gradients, moves, second_moments)
+    ) -> list[Write]:
+        """What moves everything, the copies too, and notes that it is away; nothing is written yet."""
+        writes = writes_of(self.optimizer, self.plan, parameters, gradients, moves, second_moments)
         if self.frame == "return":
-            self._away += moves
+            return [*writes, partial(self._away.extend, moves)]
+        return [*writes, *(write for _, bucket, element in moves for write in self._tracked.writes(bucket, element))]
+
+    def _listed(self, writes: list[Write]) -> Writes:
+        # a rank that called an op again alone would wait for the others
+        return Writes(writes, 1 if self.plan.place.sharded else TRIES)
+
+    def _commit(self, writes: Writes) -> None:
+        """Do all of them; a signal that comes meanwhile is delivered after them, in the return frame after the way back."""
+        with signals_held(self._signals if self.frame == "return" else None):
+            self._unfinished = writes
+            self._finish()
+
+    def _finish(self) -> None:
+        if not self._unfinished:
             return
-        for _, bucket, element in moves:
-            self._tracked.move_(bucket, element)
+        writes, overcome = self._unfinished, list[BaseException]()
+        try:
+            with full_precision(("cpu", "cuda")):
+                overcome = writes.finish()
+        finally:
+            if not writes or not writes.begun:
+                self._unfinished = Writes()
+            elif self.plan.place.sharded:
+                self._unfinished = Writes()
+                self._warn("a move failed on this rank, whose weights are between two points of their orbit; resume from a checkpoint")
+            else:
+                self._warn(
+                    "a move could not be finished, the network is between two points of its orbit; it is finished before the next "
+                    "step, state_dict() of the optimizer or detach(): call one of these before the weights are used"
+                )
+        for error in overcome:
+            if not isinstance(error, Exception):
+                raise error
+            self._warn(f"a write of the move raised ({error!r}) and was taken up again; the move is whole")
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
@@ -305,6 +359,11 @@ class Teleporter:
                 self._come_back(optimizer)
             found = found_inf(optimizer)
             self._verdict = None if found is None else Flag(self.plan.place.verdict(found))
+        deliver(self._signals)
+
+    def _before_state_dict(self, _: Optimizer) -> None:
+        self._finish()
+        self._settle()
 
     def _settle(self) -> None:
         """A fused step that found an inf did nothing: its count is taken back, once the verdict has come to the host."""
@@ -318,10 +377,10 @@ class Teleporter:
         parameters = self.plan.parameters(optimizer)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         back = [(i, bucket, element.inverse(bucket.group)) for i, bucket, element in reversed(self._away)]
-        self._away = []
         with full_precision({parameter.device.type for parameter in parameters.values()}):
             policy = "keep" if self.objective.holds else self.second_moments
-            move_all_(optimizer, self.plan, parameters, gradients, back, policy)
+            writes = writes_of(optimizer, self.plan, parameters, gradients, back, policy)
+            self._commit(self._listed([*writes, self._away.clear]))
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
@@ -334,8 +393,10 @@ class Teleporter:
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
+        self._finish()
         if self._away:
             self._come_back(optimizer)
+        deliver(self._signals)
         if self._put_aside:
             self._put_aside.forget(optimizer)
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from teleport_fast.plan import Plan, described
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.writes import Write
 
 # What averaging, compiling and data-parallel wrappers put before a parameter's name.
 PREFIXES = ("module.", "_orig_mod.")
@@ -41,7 +42,12 @@ class Tracked:
         self._copies[handle.id] = weakref.ref(copy) if isinstance(copy, nn.Module) else lambda: copy
         return handle
 
-    def move_(self, bucket: Bucket, element: Element | Split) -> None:
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    def writes(self, bucket: Bucket, element: Element | Split) -> list[Write]:
+        """What moves every copy that is still there."""
+        writes: list[Write] = []
         for number, copy in list(self._copies.items()):
             found = copy()
             if found is None:
@@ -49,7 +55,8 @@ class Tracked:
                 continue
             tensors = _named(found)
             device = tensors[bucket.parameters()[0]].device
-            self._plan.place.move_(bucket, element.to(device), [(PARAMETER, tensors)])
+            writes += self._plan.place.writes(bucket, element.to(device), [(PARAMETER, tensors)])
+        return writes
 
 
 def _named(copy: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

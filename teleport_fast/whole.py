@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from teleport_fast.norm import clip_, total_norm
+from teleport_fast.norm import clipping, total_norm
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.schedule import Schedule, StepInfo
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
+from teleport_fast.writes import Write
 
 Source = tuple[str, Mapping[str, Tensor]]
 Found = tuple[Element | Split, Tensor] | None
@@ -47,8 +48,8 @@ class Whole:
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return total_norm(tensors)
 
-    def clip_(self, gradients: Iterable[Tensor], measured: Mapping[str, Tensor], max_norm: float | None) -> None:
-        clip_(gradients, measured, max_norm)
+    def clipping(self, gradients: Iterable[Tensor], measured: Mapping[str, Tensor], max_norm: float | None) -> list[Write]:
+        return clipping(gradients, measured, max_norm)
 
     def value(self, objective: Objective, move: Move) -> Tensor:
         return objective.value(move)
@@ -60,12 +61,13 @@ class Whole:
     def elements(
         self, objective: Objective, serving: Sequence[tuple[int, Bucket]], move: Move
     ) -> Iterator[tuple[int, Bucket, Found]]:
-        """Each bucket's element, asked for after the elements before it have moved what they move."""
+        """Each bucket's element; none of these buckets reads what another moves, or none of them has moved."""
         for index, bucket in serving:
             yield index, bucket, objective.element(index, bucket, move)
 
-    def move_(self, bucket: Bucket, element: Element | Split, sources: Sequence[Source]) -> None:
-        bucket.move_(element, sources)
+    def writes(self, bucket: Bucket, element: Element | Split, sources: Sequence[Source]) -> list[Write]:
+        """The calls that move the sources; nothing is written before the first of them."""
+        return bucket.writes(element, sources)
 
 
 WHOLE = Whole()

@@ -23,12 +23,11 @@ class Taken:
         """Of a view (heads, h, outer, inner) of this rank's part `local`, which lies by `layout`, the columns that are taken."""
         size, step = local.shape[self.dim], local.stride(self.dim)
         axis = next((a for a in (3, 2) if piece.shape[a] == size and piece.stride(a) == step), 3)
-        kept = [index for run in layout.runs[self.dim] for index in self._inside(run.start, run.stop, run.offset)]
-        if len(kept) == size:
-            return piece
+        spans = [self._inside(run.start, run.stop, run.offset) for run in layout.runs[self.dim]]
         if size == 1:  # a dimension of one entry is no axis of the piece
-            return piece[:, :, :, :0]
-        return piece.index_select(axis, torch.tensor(kept, dtype=torch.int64, device=piece.device))
+            return piece if any(spans) else piece[:, :, :, :0]
+        parts = [_sliced(piece, axis, span) for span in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
     def _inside(self, start: int, stop: int, offset: int) -> range:
         """Local indices of the taken entries among global ones start … stop − 1, which lie from `offset` on."""
@@ -36,6 +35,11 @@ class Taken:
         if first < start:
             first += -(-(start - first) // self.entries.step) * self.entries.step
         return range(first - start + offset, min(self.entries.stop, stop) - start + offset, self.entries.step)
+
+
+def _sliced(piece: Tensor, axis: int, span: range) -> Tensor:
+    entries = slice(span.start, span.stop, span.step) if span else slice(0, 0)
+    return piece[:, :, :, entries] if axis == 3 else piece[:, :, entries]
 
 
 def taken(view: View, tensor: Tensor, part: int, parts: int) -> Taken | None:

@@ -171,6 +171,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor if dtensor is None else dtensor._local_tensor
 
 
+def written(tensors: Iterable[Tensor]) -> None:
+    """Tell autograd of DTensors whose local parts were written: a step between forward and backward raises then, as it should."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if as_dtensor(tensor) is not None])
+
+
 def widest_mesh(layouts: Iterable[Layout]) -> DeviceMesh | None:
     """The mesh of the most ranks, the first of equals; None where every tensor is plain."""
     found: DeviceMesh | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -32,7 +33,7 @@ def impossible(objective: Objective, joint: Joint, parameters: Mapping[str, Tens
                 f"{lies} on ranks {layout.mesh.mesh.tolist()}, which are not part of those of the widest mesh, "
                 f"{widest.mesh.tolist()}; put the joint's parameters on one mesh, or on slices of one"
             )
-        if _is_ragged(layout):
+        if is_ragged(layout):
             return (
                 f"{lies} with parts of unequal length, for which torch keeps no account of who holds what; choose a "
                 f"dimension that the ranks divide (shard_placement_fn of fully_shard)"
@@ -42,11 +43,24 @@ def impossible(objective: Objective, joint: Joint, parameters: Mapping[str, Tens
     return None
 
 
-def _is_ragged(layout: Layout) -> bool:
-    """Whether a dimension that is cut twice, the later cut first, does not divide evenly."""
+def is_ragged(layout: Layout) -> bool:
+    """Whether placements of a dimension that is cut twice say another thing than what its ranks hold.
+
+    fully_shard cuts what tensor parallelism has cut before, so right to left; _StridedShard tells it left to right, which is the
+    same only where the parts come out alike.
+    """
     for dim, size in enumerate(layout.shape):
-        cutting = layout.cutting(dim)
-        assert layout.mesh is not None
-        if any(type(layout.placements[m]).__name__ == "_StridedShard" for m in cutting) and size % layout.over(dim).size:
-            return True
+        strided = [m for m in layout.cutting(dim) if type(layout.placements[m]).__name__ == "_StridedShard"]
+        if not strided or layout.mesh is None:
+            continue
+        plain = [m for m in layout.cutting(dim) if m not in strided]
+        for place in product(*(range(layout.mesh.size(m)) for m in (*plain, *strided))):
+            at = dict(zip((*plain, *strided), place, strict=True))
+            begin, end = 0, size
+            for m in (*plain, *reversed(strided)):
+                step = -(-(end - begin) // layout.mesh.size(m))
+                begin, end = min(begin + at[m] * step, end), min(begin + (at[m] + 1) * step, end)
+            told = layout.runs_at(tuple(at.get(m, 0) for m in range(len(layout.placements))))[dim]
+            if sum(run.stop - run.start for run in told) != end - begin or (told and (told[0].start, told[-1].stop) != (begin, end)):
+                return True
     return False

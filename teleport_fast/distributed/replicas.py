@@ -52,7 +52,7 @@ class Replicas(Whole):
         g, inverse = element.g.contiguous(), element.g_inverse_t
         self._first_of(g)
         if inverse is not None:
-            inverse = g if inverse is element.g else inverse.contiguous()
+            inverse = g if element.turns else inverse.contiguous()
             if inverse is not g:
                 self._first_of(inverse)
         return Element(element.form, g, inverse)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from teleport_fast.distributed.covariance import Covariances, Run, runs_of
+from teleport_fast.distributed.covariance import Covariances
 from teleport_fast.distributed.layout import Layout, Over, as_dtensor, layout_of, local_part, widest_mesh
-from teleport_fast.distributed.parts import Local, Part, local_of, zeros
+from teleport_fast.distributed.parts import Local, Part, Turn, local_of, zeros
 from teleport_fast.distributed.reduce import all_reduce_
 from teleport_fast.distributed.refuse import impossible
 from teleport_fast.distributed.turn import laid_out, put_back_
-from teleport_fast.norm import clip_, total_norm
+from teleport_fast.norm import clipping, total_norm
 from teleport_fast.objectives import Eigenbasis, Move, Objective
 from teleport_fast.objectives.sums import SUMS
 from teleport_fast.schedule import Schedule, StepInfo
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.whole import Found, Source, Whole
+from teleport_fast.writes import Write
 
 
 class Shards(Whole):
@@ -42,7 +44,7 @@ class Shards(Whole):
         # by the bucket's id, and with the bucket, so that no other one takes its id
         self._locals: dict[object, tuple[Bucket, Local]] = {}
         self._bare: dict[int, tuple[Bucket, Bucket]] = {}
-        self._runs: dict[int, tuple[Bucket, list[Run]]] = {}
+        self._covariances = Covariances(self._over, self._local, self._counts)
 
     def refuses(self, objective: Objective, joint: Joint, parameters: Mapping[str, Tensor]) -> str | None:
         assert self._mesh is not None
@@ -79,8 +81,8 @@ class Shards(Whole):
         all_reduce_([(square, self._over)])
         return square.sqrt()
 
-    def clip_(self, gradients: Iterable[Tensor], measured: Mapping[str, Tensor], max_norm: float | None) -> None:
-        clip_(map(local_part, gradients), measured, max_norm, self.norm)
+    def clipping(self, gradients: Iterable[Tensor], measured: Mapping[str, Tensor], max_norm: float | None) -> list[Write]:
+        return clipping(map(local_part, gradients), measured, max_norm, self.norm)
 
     def value(self, objective: Objective, move: Move) -> Tensor:
         if not objective.adds:
@@ -95,21 +97,14 @@ class Shards(Whole):
         if not isinstance(objective, Eigenbasis):
             super().observe(objective, serving, {name: local_part(tensor) for name, tensor in gradients.items()})
         elif objective.takes == "steps":
-            self._take_up(objective, serving, gradients)
-
-    def _take_up(self, objective: Eigenbasis, serving: Sequence[tuple[int, Bucket]], gradients: Mapping[str, Tensor]) -> None:
-        for _, bucket in serving:
-            if id(bucket) not in self._runs:
-                self._runs[id(bucket)] = bucket, runs_of(bucket)
-        runs = [(index, bucket, self._runs[id(bucket)][1]) for index, bucket in serving]
-        Covariances(gradients, self._over, self._local, self._counts).observe_(objective, runs)
+            self._covariances.observe_(objective, serving, gradients)
 
     def elements(
         self, objective: Objective, serving: Sequence[tuple[int, Bucket]], move: Move
     ) -> Iterator[tuple[int, Bucket, Found]]:
         """Buckets of disjoint parameters share one all-reduce; the next such round sees what this one has moved."""
         if isinstance(objective, Eigenbasis) and objective.takes == "turns":
-            self._take_up(objective, serving, move.gradients)
+            self._covariances.observe_(objective, serving, move.gradients)
         for buckets in _rounds(serving):
             totals = {i: self._sums(objective, bucket, move) for i, bucket in buckets if objective.needs_whole(bucket.joints[0]) is None}
             all_reduce_([(total, self._over) for sums in totals.values() for total in sums])
@@ -121,36 +116,37 @@ class Shards(Whole):
                     whole = replace(move, parameters=plain, gradients={n: local_part(t) for n, t in move.gradients.items()})
                     yield index, bucket, objective.element(index, bucket, whole)
 
-    def move_(self, bucket: Bucket, element: Element | Split, sources: Sequence[Source]) -> None:
+    def writes(self, bucket: Bucket, element: Element | Split, sources: Sequence[Source]) -> list[Write]:
         if isinstance(element, Split):
             plus, minus = bucket.sides
-            self.move_(plus, element.plus, sources)
-            self.move_(minus, element.minus, sources)
-            return
+            return [*self.writes(plus, element.plus, sources), *self.writes(minus, element.minus, sources)]
         names = {*bucket.parameters(), *bucket.buffers()}
         alike: dict[object, tuple[dict[str, Layout], list[tuple[str, dict[str, Tensor]]]]] = {}
         for kind, tensors in sources:
             own = {name: tensor for name, tensor in tensors.items() if name in names}
             layouts = {name: layout_of(tensor) for name, tensor in own.items()}
             alike.setdefault(tuple(layouts.items()), (layouts, []))[1].append((kind, own))
-        for layouts, alike_sources in alike.values():
-            self._move_alike_(bucket, element, layouts, alike_sources)
+        each = (self._alike(bucket, element, layouts, alike_sources) for layouts, alike_sources in alike.values())
+        return [write for writes in each for write in writes]
 
-    def _move_alike_(
+    def _alike(
         self, bucket: Bucket, element: Element, layouts: dict[str, Layout], sources: list[tuple[str, dict[str, Tensor]]]
-    ) -> None:
+    ) -> list[Write]:
         local = self._local(bucket, layouts, _all)
         here = [(kind, {name: local_part(tensor) for name, tensor in own.items()}) for kind, own in sources]
-        for part in local.parts:
-            part.bucket.move_(part.of(element, bucket), here)
+        writes = [write for part in local.parts for write in part.bucket.writes(part.of(element, bucket), here)]
+
+        def turned_(turn: Turn, kind: str, tensor: Tensor) -> None:
+            turned = laid_out(tensor, turn.placements)
+            for part in turn.parts:
+                part.bucket.move_(part.of(element, bucket), [(kind, {turn.parameter: local_part(turned)})])
+            put_back_(tensor, turned)
+
         for turn in local.turns:
             for kind, own in sources:
-                if turn.parameter not in own:
-                    continue
-                turned = laid_out(own[turn.parameter], turn.placements)
-                for part in turn.parts:
-                    part.bucket.move_(part.of(element, bucket), [(kind, {turn.parameter: local_part(turned)})])
-                put_back_(own[turn.parameter], turned)
+                if turn.parameter in own:
+                    writes.append(partial(turned_, turn, kind, own[turn.parameter]))
+        return writes
 
     def _sums(self, objective: Objective, bucket: Bucket, move: Move) -> list[Tensor]:
         found: list[Tensor] = []

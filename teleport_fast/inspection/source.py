@@ -73,13 +73,13 @@ def _from_config(file: Path, folder: Path | None, trust_remote_code: bool) -> So
         settings = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config must be a readable file, got {str(file)!r} ({error.strerror}); check the path") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"config must hold JSON, got {str(file)!r}: {error}") from None
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise ValueError(f"config must be a transformers config with a model_type, got {str(file)!r}; save it with the model")
-    if "auto_map" in settings and not trust_remote_code:
+    if (code := _names_code(settings)) and not trust_remote_code:
         raise ValueError(
-            f"config {str(file)!r} names code of its own (auto_map), which is not run; "
+            f"config {str(file)!r} names code of its own ({code}), which is not run; "
             f"pass --trust-remote-code if you have read that code"
         )
     try:
@@ -89,7 +89,9 @@ def _from_config(file: Path, folder: Path | None, trust_remote_code: bool) -> So
     # Eager attention: fused kernels may round differently from one call to the next, which a proof would see.
     common: dict[str, Any] = {"attn_implementation": "eager", "trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=trust_remote_code)
+        # nothing is downloaded, so there is no revision to pin
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(file, **local)  # nosec B615
         auto = _auto_class(transformers, config)
         if folder is not None and _weights(folder):
             model = auto.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True, **common)
@@ -102,6 +104,22 @@ def _from_config(file: Path, folder: Path | None, trust_remote_code: bool) -> So
         first = str(error).partition("\n")[0]
         raise ValueError(f"transformers cannot build a model from {str(file)!r}: {first}") from error
     return Source(model.eval(), None, folder)
+
+
+def _names_code(settings: Any, inside: str = "") -> str | None:
+    """Where a config, or one inside it, names Python files of its own or kernels of the hub; None where it does not."""
+    if isinstance(settings, list):
+        return next((found for entry in settings if (found := _names_code(entry, inside))), None)
+    if not isinstance(settings, dict):
+        return None
+    for key, value in settings.items():
+        # a kernel of the hub is fetched and imported: "owner/name", or per backend in a dictionary
+        fetched = str(key).removesuffix("_internal").endswith("_implementation") and "/" in str(value)
+        if key == "auto_map" or fetched:
+            return f"{inside}{key}"
+        if found := _names_code(value, f"{inside}{key}."):
+            return found
+    return None
 
 
 def _auto_class(transformers: Any, config: Any) -> Any:
@@ -120,8 +138,22 @@ def _models(auto: Any, config: Any) -> tuple[Any, ...]:
     return tuple(found) if isinstance(found, (list, tuple)) else (found,) if found is not None else ()
 
 
+def _weight_map(index: Path) -> list[Any]:
+    try:
+        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"weights' index must be JSON with a weight_map, got {str(index)!r}: {error!r}; save the model again") from None
+
+
 def _weights(folder: Path) -> bool:
-    """Whether the folder has safetensors weights. Errors: ValueError for weights that are pickles alone."""
+    """Whether the folder has safetensors weights. Errors: ValueError for weights that are pickles alone, and for an index that
+    names files elsewhere."""
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in sorted({str(name) for name in _weight_map(index)}):
+            if Path(name).name != name or name in ("", ".."):
+                raise ValueError(
+                    f"weights of {str(index)!r} must lie beside it, got {name!r}; a path that leaves the folder is not read"
+                )
     if any(folder.glob("*.safetensors")):
         return True
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))

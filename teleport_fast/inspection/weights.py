@@ -57,11 +57,20 @@ def note_of(path: Path) -> dict[str, Any] | None:
 
 
 def copy_beside(source: Path, target: Path) -> list[str]:
-    """Copy a transformers folder's config and tokenizer files to `target`; returns their names. Weights stay behind."""
+    """Copy a transformers folder's config and tokenizer files to `target`; returns their names. Weights stay behind.
+
+    Links are followed within the folder, and in a hub cache within the model's part of it. Errors: ValueError for one that leads
+    elsewhere.
+    """
     target.mkdir(parents=True, exist_ok=True)
     copied = []
+    root = (source.resolve().parents[1] if source.resolve().parent.name == "snapshots" else source).resolve()
     for file in sorted({file for pattern in _BESIDE for file in source.glob(pattern)}):
         if file.is_file() and not file.name.endswith(".index.json"):
+            if not file.resolve().is_relative_to(root):
+                raise ValueError(
+                    f"{str(file)!r} is a link to {str(file.resolve())!r}, outside of the folder, and is not copied; remove it"
+                )
             shutil.copyfile(file, target / file.name)
             copied.append(file.name)
     return copied

@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error.name} is missing: {needed}", name=error.name) from error
 
 
-class TeleportCallback(Callback):
+class TeleportCallback(Callback):  # type: ignore[misc]  # mypy reads nothing of the stack
     """`Trainer(callbacks=[TeleportCallback(symmetries, objective=..., schedule=...)])`: the module stays as it is.
 
     symmetries: `find_symmetries(model)`, of the module or of a part of it; None where `configure_optimizers` attaches by

@@ -99,7 +99,7 @@ def unwrapped(name: str) -> str:
     return name
 
 
-class TeleportCallback(TrainerCallback):
+class TeleportCallback(TrainerCallback):  # type: ignore[misc]  # mypy reads nothing of the stack
     """Logs each teleport, and saves what the objective remembers beside the Trainer's checkpoints.
 
     Rows (teleport_step, teleport_objective_before, ... as TeleportRecord has them) go to `trainer.state.log_history` whenever

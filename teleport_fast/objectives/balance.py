@@ -48,7 +48,7 @@ class Balance(Objective):
             return Element("diagonal", t.exp()), t.abs().amax()
         weight_plus, weight_minus = sums
         if move.descend:
-            return geodesic_descent(bucket.group, weight_minus, weight_plus, move.radius)
+            return geodesic_descent(bucket.group, weight_minus, weight_plus, move.radius, move.max_condition)
         return trust_region_ascent(bucket.group, weight_minus, weight_plus, move.radius)
 
     def value(self, move: Move) -> Tensor:

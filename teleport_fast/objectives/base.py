@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,15 @@ def kept_where(void: Tensor, before: Mapping[Key, Tensor], after: Mapping[Key, T
 
 @dataclass(frozen=True)
 class Move:
-    """The situation before a move: tensors by parameter name, how far, which way, and the source of random numbers."""
+    """The situation before a move: tensors by parameter name, how far, which way, the source of random numbers, and the largest
+    condition number that a dense element may have."""
 
     parameters: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     radius: float
     descend: bool
     generator: torch.Generator
+    max_condition: float = math.inf
 
 
 class Objective(ABC):
@@ -45,8 +48,11 @@ class Objective(ABC):
     may be infinite; `holds` says that in the return frame its last element stays in force between refreshes (a basis)
     instead of lasting one step; `frames` are those it has a meaning in; `measures` is what `value` reads, "gradients"
     or "parameters"; `stretches` is False where every element is a rotation; `adds` says that `value` is a sum over
-    their entries. An objective that overrides `reads` and `decide` works where tensors lie on many ranks too; one that
-    overrides `element` sees whole tensors, and is refused there.
+    their entries, `reads_tensors` whether `element` reads values of what moves. An objective that overrides `reads` and `decide`
+    works where tensors lie on many ranks too; one that overrides `element` sees whole tensors, and is refused there.
+
+    A move that fails before it has written anything leaves the objective's memory as it was: `element` and `decide` replace the
+    tensors that they remember, and never write into them.
     """
 
     name = "objective"
@@ -55,6 +61,7 @@ class Objective(ABC):
     closed_form: tuple[str, ...] = ()
     frames: tuple[str, ...] = ("stay", "return")
     measures = "gradients"
+    reads_tensors = True
     stretches = True
     adds = True
 

@@ -65,7 +65,7 @@ class GradNorm(Objective):
             return Element("diagonal", t.exp()), t.abs().amax()
         if move.descend:
             gram_plus, gram_minus = sums
-            return geodesic_descent(bucket.group, gram_plus, gram_minus, move.radius)
+            return geodesic_descent(bucket.group, gram_plus, gram_minus, move.radius, move.max_condition)
         if self.steps > 1:
             gram_plus, gram_minus = sums
             return trust_region_ascent(bucket.group, gram_plus, gram_minus, move.radius, self.steps)

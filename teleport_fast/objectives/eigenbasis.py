@@ -60,6 +60,7 @@ class Eigenbasis(Objective):
                 raise ValueError(f"{name} must be an integer of at least 1, got {count!r}; {usual} is the default")
         self.decay, self.normalise, self.takes = decay, normalise, takes
         self.parts, self.iterations = parts, iterations
+        self.reads_tensors = takes == "turns"
         self.covariances: dict[int, Tensor] = {}
         self._next_part: dict[int, int] = {}
         # gradients that may turn out void, and the parts as they were before them
@@ -110,6 +111,8 @@ class Eigenbasis(Objective):
 
     def element(self, index: int, bucket: Bucket, move: Move) -> tuple[Element | Split, Tensor] | None:
         if self.takes == "turns":
+            if index in self.covariances:
+                self.covariances[index] = self.covariances[index].clone()
             self._take_up(index, bucket, move.gradients)
         return self.decide(index, bucket, (), move)
 
@@ -121,9 +124,10 @@ class Eigenbasis(Objective):
         turn: Tensor | None = None
         for _ in range(self.iterations):
             q = bucket.group.turn_to_eigenbasis(_shifted(covariance))
-            covariance.copy_(q.mT @ covariance @ q)
+            covariance = q.mT @ covariance @ q
             turn = q if turn is None else turn @ q
         assert turn is not None
+        self.covariances[index] = covariance
         return Element("dense", turn.mT, turn.mT), _rotation_size(turn)
 
     def value(self, move: Move) -> Tensor:
@@ -167,6 +171,7 @@ class RandomRotation(Objective):
     """The control for `Eigenbasis`: turns as often, to random bases; anything that only turning does shows here too."""
 
     name = "random"
+    reads_tensors = False
     directions = ("ascend",)
     holds = True
     stretches = False

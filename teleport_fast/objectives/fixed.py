@@ -21,6 +21,7 @@ class Fixed(Objective):
     """
 
     name = "fixed"
+    reads_tensors = False
     directions = ("ascend",)
 
     def __init__(self, elements: Mapping[str, Tensor]) -> None:

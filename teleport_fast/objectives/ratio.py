@@ -31,6 +31,7 @@ class Ratio(Objective):
     directions = ("ascend",)
     holds = True
     measures = "parameters"
+    reads_tensors = False
 
     def __init__(self, ratio: float = 16.0) -> None:
         if not 0 < ratio < math.inf:

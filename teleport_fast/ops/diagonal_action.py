@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teleport_fast.ops.backend import Op, direct
 from teleport_fast.ops.checks import accumulation_dtype, as_list, check_views
+from teleport_fast.ops.resume import unwritten
 from teleport_fast.ops.runs import check_in_place, check_rows, check_runs, per_tensor, written
 
 
@@ -45,8 +46,8 @@ def diagonal_action_(
     offsets = per_tensor("diagonal_action_", "shifts", shifts, len(tensors), joints)
     check_in_place("diagonal_action_", tensors)
     if direct(tensors):
-        _run_(tensors, s, powers, offsets, joints)
         written(tensors)
+        _run_(tensors, s, powers, offsets, joints)
     else:
         torch.ops.teleport_fast.diagonal_action_(tensors, s, powers, offsets, joints)
 
@@ -55,7 +56,7 @@ def reference_(
     tensors: Sequence[Tensor], factors: Tensor, which: Sequence[int], shifts: Sequence[float], joints: int
 ) -> None:
     """The formula, in plain torch. factors: (kinds, joints·heads, h); tensor i takes kind which[i]."""
-    for index, tensor in enumerate(tensors):
+    for index, tensor in unwritten([*enumerate(tensors)]):
         heads, joint = tensor.shape[0], index * joints // len(tensors)
         factor = factors[which[index], joint * heads : (joint + 1) * heads]
         factor = factor.reshape(*factor.shape, *[1] * (tensor.dim() - 2))

@@ -10,6 +10,7 @@ from torch import Tensor
 from teleport_fast.ops.backend import Op, direct
 from teleport_fast.ops.checks import accumulation_dtype, as_list, check_matrix, check_views
 from teleport_fast.ops.inverse import inverse
+from teleport_fast.ops.resume import unwritten
 
 
 def group_action(A_plus: Tensor, A_minus: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,21 +68,22 @@ def group_action_(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError("group_action_: a tensor requires grad; call under torch.no_grad(), or use group_action")
     if direct(tensors):
-        _run_(plus, minus, g, g_inverse_t, joints)
+        # first what can raise: once the kernel has written, nothing does
         versioned = [tensor for tensor in tensors if not tensor.is_inference()]
         torch.autograd.graph.increment_version(versioned)
+        _run_(plus, minus, g, g_inverse_t, joints)
     else:
         torch.ops.teleport_fast.group_action_(plus, minus, g, g_inverse_t, joints)
 
 
 def reference_(plus: Sequence[Tensor], minus: Sequence[Tensor], g: Tensor, g_inverse_t: Tensor, joints: int) -> None:
     """The formula, in plain torch."""
-    for matrices, tensors in ((g, plus), (g_inverse_t, minus)):
-        for index, tensor in enumerate(tensors):
-            heads = tensor.shape[0]
-            joint = index * joints // len(tensors)
-            A = tensor.flatten(2).to(g.dtype)
-            tensor.copy_((matrices[joint * heads : (joint + 1) * heads] @ A).view(tensor.shape))
+    sides = ((g, plus), (g_inverse_t, minus))
+    placed = [(matrices, i * joints // len(side), A) for matrices, side in sides for i, A in enumerate(side)]
+    for matrices, joint, tensor in unwritten(placed):
+        heads = tensor.shape[0]
+        A = tensor.flatten(2).to(g.dtype)
+        tensor.copy_((matrices[joint * heads : (joint + 1) * heads] @ A).view(tensor.shape))
 
 
 _OP = Op("group_action_", reference_)

@@ -33,8 +33,8 @@ def orthogonal_iteration_(bases: Tensor | Sequence[Tensor], covariances: Tensor 
     count = sum(len(basis) for basis in bases)
     turns = bases[0].new_empty((count, *bases[0].shape[1:]))
     if direct((*bases, *covariances)):
-        _run_(bases, covariances, turns)
         written(bases)
+        _run_(bases, covariances, turns)
     else:
         torch.ops.teleport_fast.orthogonal_iteration_(bases, covariances, turns)
     return turns

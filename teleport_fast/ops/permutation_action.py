@@ -9,6 +9,7 @@ from torch import Tensor
 
 from teleport_fast.ops.backend import Op, direct
 from teleport_fast.ops.checks import as_list, check_views
+from teleport_fast.ops.resume import unwritten
 from teleport_fast.ops.runs import check_in_place, check_rows, check_runs, written
 
 
@@ -34,15 +35,15 @@ def permutation_action_(tensors: Tensor | Sequence[Tensor], index: Tensor, joint
         raise TypeError(f"permutation_action_: index must be int64, got {index.dtype}; pass index.long()")
     check_in_place("permutation_action_", tensors)
     if direct(tensors):
-        _run_(tensors, index, joints)
         written(tensors)
+        _run_(tensors, index, joints)
     else:
         torch.ops.teleport_fast.permutation_action_(tensors, index, joints)
 
 
 def reference_(tensors: Sequence[Tensor], index: Tensor, joints: int) -> None:
     """The formula, in plain torch."""
-    for position, tensor in enumerate(tensors):
+    for position, tensor in unwritten([*enumerate(tensors)]):
         heads, joint = tensor.shape[0], position * joints // len(tensors)
         rows = index[joint * heads : (joint + 1) * heads]
         tensor.copy_(torch.take_along_dim(tensor, rows.reshape(*rows.shape, *[1] * (tensor.dim() - 2)), 1))

@@ -10,6 +10,7 @@ from torch import Tensor
 from teleport_fast.ops.backend import Op, direct
 from teleport_fast.ops.checks import accumulation_dtype, as_list, check_views
 from teleport_fast.ops.diagonal_action import powers_of
+from teleport_fast.ops.resume import unwritten
 from teleport_fast.ops.runs import check_in_place, check_rows, check_runs, per_tensor, written
 
 
@@ -66,8 +67,8 @@ def teleport_adamw_(
     check_in_place("teleport_adamw_", changed)
     numbers = (float(step), float(lr), float(betas[0]), float(betas[1]), float(eps), float(weight_decay))
     if direct([*changed, *gradients]):
-        _run_(parameters, gradients, first_moments, second_moments, s, powers, offsets, *numbers, joints)
         written(changed)
+        _run_(parameters, gradients, first_moments, second_moments, s, powers, offsets, *numbers, joints)
     else:
         torch.ops.teleport_fast.teleport_adamw_(*lists, s, powers, offsets, *numbers, joints)
 
@@ -104,7 +105,8 @@ def reference_(
     """The formula, in plain torch. Entry i moves by kind which[i] of factors (kinds, joints·heads, h), its gradient by kind
     which[count + i]."""
     count = len(parameters)
-    for i, tensors in enumerate(zip(parameters, gradients, first_moments, second_moments, strict=True)):
+    placed = [*enumerate(zip(parameters, gradients, first_moments, second_moments, strict=True))]
+    for i, tensors in unwritten(placed):
         heads, joint = tensors[0].shape[0], i * joints // count
         rows = (slice(joint * heads, (joint + 1) * heads), ..., *[None] * (tensors[0].dim() - 2))
         f, f_gradient = factors[which[i]][rows], factors[which[count + i]][rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from teleport_fast.objectives import Objective
 from teleport_fast.ops.diagonal_action import diagonal_action_
 from teleport_fast.ops.teleport_adamw import teleport_adamw_
 from teleport_fast.optim.plain_adamw import begin, plain_adamw_
+from teleport_fast.optim.refresh import count_up_
 from teleport_fast.optimizer import attach_as
 from teleport_fast.record import TeleportRecord
 from teleport_fast.schedule import Schedule
@@ -21,12 +23,16 @@ from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.symmetry.view import View
 from teleport_fast.teleporter import Teleporter
+from teleport_fast.writes import Write, Writes
 
 Numbers = tuple[int, float, tuple[float, float], float, float]
 
 
 class DeferringTeleporter(Teleporter):
-    """A teleporter that leaves diagonal moves of whole parameters to the optimizer's step, in `deferred`."""
+    """A teleporter that leaves diagonal moves of whole parameters to the optimizer's step, in `deferred`.
+
+    All of a bucket or nothing of it: were the step never taken, no joint would have moved on one side only.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -34,9 +40,9 @@ class DeferringTeleporter(Teleporter):
         self._everything: dict[str, Tensor] = {}
         self._later: dict[int, set[str]] = {}
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
+        super()._undo_interrupted_step(optimizer)
         self.deferred = []
-        return super()._before_step(optimizer, args, kwargs)
 
     def _teleport(
         self,
@@ -53,22 +59,24 @@ class DeferringTeleporter(Teleporter):
         super()._teleport(parameters, gradients, everything, serving, void)
         self._everything = {}
 
-    def _go(
+    def _writes(
         self,
         parameters: dict[str, Tensor],
         gradients: dict[str, Tensor],
         moves: Sequence[tuple[int, Bucket, Element | Split]],
         second_moments: str,
-    ) -> None:
-        left = dict(parameters)
+    ) -> list[Write]:
+        left, deferred = dict(parameters), list[tuple[Bucket, Element, set[str]]]()
         for index, bucket, element in moves:
-            diagonal = isinstance(element, Element) and element.form == "diagonal"
-            names = self._whole(bucket, parameters) - self._later[index] if diagonal else set()
-            if isinstance(element, Element) and names:
-                self.deferred.append((bucket, element, names))
+            names = set(bucket.parameters())
+            if not isinstance(element, Element) or element.form != "diagonal" or bucket.buffers() or self._tracked:
+                continue
+            if names == self._whole(bucket, parameters) - self._later[index]:
+                deferred.append((bucket, element, names))
                 self._measure(bucket, element, names, parameters)
-            left = {name: tensor for name, tensor in left.items() if name not in names}
-        super()._go(left, {name: g for name, g in gradients.items() if name in left}, moves, second_moments)
+                left = {name: tensor for name, tensor in left.items() if name not in names}
+        gradients = {name: gradient for name, gradient in gradients.items() if name in left}
+        return [*super()._writes(left, gradients, moves, second_moments), partial(self.deferred.extend, deferred)]
 
     @staticmethod
     def _whole(bucket: Bucket, parameters: dict[str, Tensor]) -> set[str]:
@@ -102,16 +110,16 @@ class DeferringTeleporter(Teleporter):
             shift = view.shift if sign > 0 else 0.0
             diagonal_action_([view.of(tensors[view.parameter])], element.g[rows], [sign * side * view.power], [shift])
 
-    def _clip(self, everything: dict[str, Tensor]) -> None:
+    def _clipping(self, everything: dict[str, Tensor]) -> list[Write]:
         """By the norm of the moved copies, since the step moves what is left to it by the same factors."""
-        self.plan.place.clip_(self.plan.gradients(self.optimizer).values(), everything, self.max_norm)
+        return self.plan.place.clipping(self.plan.gradients(self.optimizer).values(), everything, self.max_norm)
 
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, teleported as by `attach`, with diagonal moves and the step in one pass by `teleport_adamw_`.
 
     params, lr, betas, eps, weight_decay: torch's. symmetries: `find_symmetries(model)`, or None for plain AdamW;
-    objective, schedule, radius, direction, second_moments, on_teleport, seed, max_norm: those of `attach`, in the frame "stay".
+    objective, schedule, radius, direction, second_moments, on_teleport, seed, max_norm, max_condition: those of `attach`, in the frame "stay".
     Fused are diagonal moves of parameters that a joint holds whole and that no other joint moves after; gradients of
     these stay as backward left them. `.teleporter` is the engine. state_dict is torch.optim.AdamW's, both ways. Copies
     would teleport no more and are refused. Errors: those of torch.optim.AdamW and `attach`. Source: math.md sections 3
@@ -140,6 +148,7 @@ class AdamW(torch.optim.AdamW):
         on_teleport: Callable[[TeleportRecord], object] | None = None,
         seed: int = 0,
         max_norm: float | None = None,
+        max_condition: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
         self.teleporter: DeferringTeleporter | None = None
@@ -157,6 +166,8 @@ class AdamW(torch.optim.AdamW):
                 on_teleport,
                 seed,
                 max_norm,
+                None,
+                max_condition,
             )
 
     @torch.no_grad()
@@ -182,24 +193,26 @@ class AdamW(torch.optim.AdamW):
             parameter, group = parameters[name], of_group[parameters[name]]
             state = self.state[parameter]
             begin(parameter, state)
-            state["step"] += 1
-            step = int(state["step"])
+            step = int(state["step"]) + 1
             numbers[name] = step, float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"]
+        writes: list[Write] = [partial(count_up_, [self.state[parameters[name]]["step"] for name in numbers])]
         for bucket, element, names in deferred:
             for key in {numbers[name]: None for name in sorted(names)}:
                 chosen = {name for name in names if numbers[name] == key}
-                self._step_views(_views(bucket, chosen), len(bucket.joints), element.g, parameters, key)
+                writes += self._steps(_views(bucket, chosen), len(bucket.joints), element.g, parameters, key)
+        self.teleporter._commit(Writes(writes))
         return {parameters[name] for name in numbers}
 
-    def _step_views(
+    def _steps(
         self,
         views: list[tuple[slice, float, View]],
         joints: int,
         s: Tensor,
         parameters: dict[str, Tensor],
         numbers: Numbers,
-    ) -> None:
+    ) -> list[Write]:
         """One call for all joints where each has as many views here, else one per joint."""
+        calls: list[Write] = []
         owners: dict[int, list[tuple[slice, float, View]]] = {}
         for rows, side, view in views:
             owners.setdefault(rows.start, []).append((rows, side, view))
@@ -214,21 +227,25 @@ class AdamW(torch.optim.AdamW):
             def aliases(source: list[Tensor], named: list[tuple[slice, float, View]] = run) -> list[Tensor]:
                 return [view.of(tensor) for (_, _, view), tensor in zip(named, source, strict=True)]
 
-            teleport_adamw_(
-                aliases(tensors),
-                aliases(gradients),
-                aliases([state["exp_avg"] for state in states]),
-                aliases([state["exp_avg_sq"] for state in states]),
-                s[rows],
-                [side * view.power for _, side, view in run],
-                [view.shift for _, _, view in run],
-                step=step,
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-                joints=count,
+            calls.append(
+                partial(
+                    teleport_adamw_,
+                    aliases(tensors),
+                    aliases(gradients),
+                    aliases([state["exp_avg"] for state in states]),
+                    aliases([state["exp_avg_sq"] for state in states]),
+                    s[rows],
+                    [side * view.power for _, side, view in run],
+                    [view.shift for _, _, view in run],
+                    step=step,
+                    lr=lr,
+                    betas=betas,
+                    eps=eps,
+                    weight_decay=weight_decay,
+                    joints=count,
+                )
             )
+        return calls
 
     def __getstate__(self) -> dict[str, Any]:
         if self.teleporter is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from teleport_fast.distributed.gradient import gradient_part
-from teleport_fast.distributed.layout import local_part
+from teleport_fast.distributed.layout import local_part, written
 
 
 def begin(parameter: Tensor, state: dict[str, Any]) -> None:
@@ -48,3 +48,4 @@ def plain_adamw_(parameters: Sequence[Tensor], states: Mapping[Tensor, dict[str,
         eps=group["eps"],
         maximize=False,
     )
+    written(parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from teleport_fast.optim.sides import Side
 from teleport_fast.optim.summed import Due, Held, buckets_of, normalised_grams
 from teleport_fast.optim.views import part_of, view_of
 from teleport_fast.state import SECOND_MOMENTS
+from teleport_fast.writes import Write, Writes, signals_held
 
 AXES = ("rows", "columns")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -148,26 +150,29 @@ class Refresh:
         by_householder: bool,
     ) -> Tensor:
         """Turn the owners' bases and these moments; the turn, (owners·heads, h, h)."""
+        # a turn and the moments that follow it are one: a signal waits, and what raises is called again
+        found: list[Tensor] = []
         entries = [(state[groups[g]["params"][i]], AXES[axis]) for g, i, axis in owners]
         bases = [entry[f"{axis}_basis"] for entry, axis in entries]
         covariances = [entry[f"{axis}_covariance"].to(dtype) for entry, axis in entries]
         if bases[0].device.type in HOUSEHOLDER:
             wide = [basis.to(dtype) for basis in bases]
-            turns = orthogonal_iteration_(wide, covariances)
-            for basis, found in zip(bases, wide, strict=True):
-                if found is not basis:
-                    basis.copy_(found)
+            writes: list[Write] = [lambda: found.append(orthogonal_iteration_(wide, covariances))]
+            writes += [partial(basis.copy_, to) for basis, to in zip(bases, wide, strict=True) if to is not basis]
         else:
             before = torch.cat(bases).to(dtype)
             after, ill = next_basis(torch.cat(covariances), before, by_householder)
             for index, (owner, (entry, axis)) in enumerate(zip(owners, entries, strict=True)):
                 rows = slice(index * heads, (index + 1) * heads)
-                entry[f"{axis}_basis"].copy_(after[rows])
                 self._send(owner, entry, axis, ill[rows].any())
-            turns = after @ before.mT
+            found.append(after @ before.mT)
+            pairs = zip(bases, after.split(heads), strict=True)
+            writes = [partial(basis.copy_, to) for basis, to in pairs]
         if moments:
-            group_action_(moments, [], turns, joints=len(owners))
-        return turns
+            writes.append(lambda: group_action_(moments, [], found[0], joints=len(owners)))
+        with signals_held():
+            Writes(writes).finish()
+        return found[0]
 
     def _take_up_sharded_(self, groups: Groups, state: State, members: Members, held: Held) -> set[Owner]:
         """Update the covariances of bases with a matrix that is sharded, some at a time, and say which these are."""

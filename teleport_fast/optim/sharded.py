@@ -12,6 +12,7 @@ from torch import Tensor
 from teleport_fast.distributed.blocks import Spread, exchange, spread_of
 from teleport_fast.distributed.gradient import from_part
 from teleport_fast.distributed.layout import Layout, as_dtensor, layout_of, local_part
+from teleport_fast.distributed.refuse import is_ragged
 from teleport_fast.ops.group_action import group_action_
 from teleport_fast.optim.sides import Assignment, Side
 from teleport_fast.optim.views import view_of
@@ -59,9 +60,17 @@ class Placing:
 
 
 def placing_of(assignment: Assignment, layout: Layout, elementwise: bool) -> Placing | None:
-    """The plan for one parameter, the same on every rank; None where it is no matrix that is turned."""
+    """The plan for one parameter, the same on every rank; None where it is no matrix that is turned.
+
+    Errors: ValueError for placements of which torch cannot tell which rank holds what.
+    """
     if assignment.sides is None or layout.mesh is None:
         return None
+    if is_ragged(layout):
+        raise ValueError(
+            f"{assignment.name!r} lies as {', '.join(map(str, layout.placements))} with parts of unequal length, for which torch "
+            f"keeps no account of who holds what; choose a dimension that the ranks divide (shard_placement_fn of fully_shard)"
+        )
     from torch.distributed.tensor import Replicate, Shard
 
     over, sides = layout.everywhere, assignment.sides

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from teleport_fast.distributed.blocks import exchange
-from teleport_fast.distributed.layout import local_part
+from teleport_fast.distributed.layout import local_part, written
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.ops.group_action import group_action_
 from teleport_fast.optim.assigned import Place
@@ -71,7 +71,10 @@ def _work(task: Task, held: Held, arrived: dict[Place, Tensor]) -> Work:
 
 
 def bring_home_(tasks: Sequence[Task], works: Sequence[Work], numbers: Sequence[tuple[float, float]]) -> None:
-    """Add the updates that lie at work to their matrices, which decay first; numbers: (lr, weight_decay) per task."""
+    """Add the updates that lie at work to their matrices, which decay first; numbers: (lr, weight_decay) per task.
+
+    Whether they lay there or not, autograd hears that all tasks' matrices were written.
+    """
     away = [index for index, task in enumerate(tasks) if task.placing is not None and not task.placing.stays]
     moves = [(placing.work, placing.home) for index in away if (placing := tasks[index].placing) is not None]
     updates = exchange([works[index].parameter for index in away], moves)
@@ -81,6 +84,7 @@ def bring_home_(tasks: Sequence[Task], works: Sequence[Work], numbers: Sequence[
         wide = own.to(update.dtype).mul_(1 - lr * weight_decay).add_(_turned(update, tasks[index], back=True))
         if wide.data_ptr() != own.data_ptr():
             own.copy_(wide)
+    written(task.parameter for task in tasks)
 
 
 def _turned(tensor: Tensor, task: Task, back: bool = False) -> Tensor:

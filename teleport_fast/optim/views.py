@@ -24,8 +24,8 @@ def view_of(tensor: Tensor, axis: int, heads: int) -> Tensor:
 def part_bounds(n: int, parts: int, turn: int) -> tuple[int, int]:
     """The columns [begin, end) of n that are number `turn` of `parts` in turn; of fewer parts where they would be too narrow.
 
-    >>> part_bounds(128, 4, 3), part_bounds(40, 4, 3)
-    ((80, 128), (0, 40))
+    >>> part_bounds(128, 3, 4), part_bounds(40, 3, 4)
+    ((32, 80), (0, 40))
     """
     parts = min(parts, n // LEAST_PART)
     if parts < 2:
@@ -39,7 +39,7 @@ def part_of(view: Tensor, parts: int, turn: int) -> Tensor:
     """Those columns of a (heads, h, n) view.
 
     >>> import torch
-    >>> part_of(torch.ones(1, 8, 128), 4, 3).shape
+    >>> part_of(torch.ones(1, 8, 128), 3, 4).shape
     torch.Size([1, 8, 48])
     """
     begin, end = part_bounds(view.shape[2], parts, turn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import xml.etree.ElementTree as ET
+import xml.etree.ElementTree as ET  # nosec B405: it reads what matplotlib has just written
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 import torch
@@ -54,8 +54,25 @@ class Element:
         return Element(self.form, self.g.sign()) if self.form == "diagonal" else self
 
     def finite(self) -> Tensor:
-        """Whether every entry is finite, a 0-d bool where the element lies."""
-        return torch.isfinite(self.g.sum())
+        """Whether every entry of g and of its inverse is finite, a 0-d bool where the element lies."""
+        if self.form == "diagonal":
+            return torch.isfinite(self.g.sum() + self.g.reciprocal().sum())
+        inverse = self.g_inverse_t
+        return torch.isfinite(self.g.sum() if inverse is None else self.g.sum() + inverse.sum())
+
+    def conditions(self) -> Tensor:
+        """The condition number of each head's g, (heads,); 1 where g is diagonal (its entries are factors of their own), a
+        permutation, or given as its own inverse transpose (a rotation). For finite elements."""
+        if self.form != "dense" or self.turns or not self.g.numel():
+            return torch.ones(len(self.g), dtype=torch.float32, device=self.g.device)
+        values: Tensor = torch.linalg.svdvals(self.g)
+        return values[..., 0] / values[..., -1]
+
+    @property
+    def turns(self) -> bool:
+        """Whether a dense g was given as its own inverse transpose: a rotation."""
+        g, inverse = self.g, self.g_inverse_t
+        return inverse is not None and g.data_ptr() == inverse.data_ptr() and g.stride() == inverse.stride()
 
     def to(self, device: torch.device) -> Element:
         """The element on another device, where the tensors lie that it moves."""
@@ -97,6 +114,10 @@ class Split:
 
     def condition(self) -> Tensor:
         return torch.maximum(self.plus.condition(), self.minus.condition())
+
+    def conditions(self) -> Tensor:
+        """1: each side's frame has the bound of the objective that made it (`Scaled.ridge`)."""
+        return torch.ones(len(self.plus.g), dtype=torch.float32, device=self.plus.g.device)
 
     def to(self, device: torch.device) -> Split:
         return Split(self.plus.to(device), self.minus.to(device))
@@ -143,16 +164,17 @@ class Bucket:
         its own element.
         Source: own derivation, checked by tests/symmetry/test_bucket.py.
         """
+        for write in self.writes(element, sources):
+            write()
+
+    def writes(self, element: Element | Split, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Callable[[], object]]:
+        """The calls, one op each, that `move_` makes: every view is taken and checked for its size before the first of them."""
         if isinstance(element, Split):
             plus, minus = self.sides
-            plus.move_(element.plus, sources)
-            minus.move_(element.minus, sources)
-        elif element.form == "dense":
-            self._move_dense(element, sources)
-        elif element.form == "diagonal":
-            self._move_diagonal(element.g, sources)
-        else:
-            self._permute(element.g, sources)
+            return [*plus.writes(element.plus, sources), *minus.writes(element.minus, sources)]
+        if element.form == "dense":
+            return self._dense(element, sources)
+        return self._diagonal(element.g, sources) if element.form == "diagonal" else self._permutation(element.g, sources)
 
     @cached_property
     def sides(self) -> tuple[Bucket, Bucket]:
@@ -171,7 +193,7 @@ class Bucket:
                         if tensor is not None:
                             yield index, kind, view, side, view.of(tensor)
 
-    def _move_dense(self, element: Element, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
+    def _dense(self, element: Element, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Callable[[], object]]:
         forward: list[list[Tensor]] = [[] for _ in self.joints]
         backward: list[list[Tensor]] = [[] for _ in self.joints]
         for index, kind, _, side, alias in self._present(sources):
@@ -179,27 +201,32 @@ class Bucket:
                 (forward if side * _EXPONENT[kind] > 0 else backward)[index].append(alias)
         if len({len(run) for run in forward}) == 1 and len({len(run) for run in backward}) == 1:
             every_forward, every_backward = list(chain(*forward)), list(chain(*backward))
-            if every_forward or every_backward:
-                group_action_(every_forward, every_backward, element.g, element.g_inverse_t, joints=len(self.joints))
-            return
+            if not every_forward and not every_backward:
+                return []
+            return [partial(group_action_, every_forward, every_backward, element.g, element.g_inverse_t, len(self.joints))]
+        found: list[Callable[[], object]] = []
         for index in range(len(self.joints)):
             rows = slice(index * self.heads, (index + 1) * self.heads)
             assert element.g_inverse_t is not None
             if forward[index] or backward[index]:
-                group_action_(forward[index], backward[index], element.g[rows], element.g_inverse_t[rows])
+                g, inverse = element.g[rows], element.g_inverse_t[rows]
+                found.append(partial(group_action_, forward[index], backward[index], g, inverse))
+        return found
 
-    def _move_diagonal(self, g: Tensor, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
+    def _diagonal(self, g: Tensor, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Callable[[], object]]:
         present = list(self._present(sources))
         exponents = [side * view.power * _EXPONENT[kind] for _, kind, view, side, _ in present]
         shifts = [view.shift if kind == PARAMETER else 0.0 for _, kind, view, _, _ in present]
+        found: list[Callable[[], object]] = []
         for rows, joints, run in self._runs([index for index, *_ in present]):
-            tensors = [present[i][4] for i in run]
-            diagonal_action_(tensors, g[rows], [exponents[i] for i in run], [shifts[i] for i in run], joints)
+            tensors, powers = [present[i][4] for i in run], [exponents[i] for i in run]
+            found.append(partial(diagonal_action_, tensors, g[rows], powers, [shifts[i] for i in run], joints))
+        return found
 
-    def _permute(self, g: Tensor, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
+    def _permutation(self, g: Tensor, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Callable[[], object]]:
         present = list(self._present(sources))
-        for rows, joints, run in self._runs([index for index, *_ in present]):
-            permutation_action_([present[i][4] for i in run], g[rows], joints=joints)
+        runs = self._runs([index for index, *_ in present])
+        return [partial(permutation_action_, [present[i][4] for i in run], g[rows], joints) for rows, joints, run in runs]
 
     def _runs(self, owners: Sequence[int]) -> Iterable[tuple[slice, int, list[int]]]:
         """(rows of g, joints, positions) of each call: one for all joints that own as many tensors, else one per joint."""
@@ -211,6 +238,16 @@ class Bucket:
             run = [i for i in places if owners[i] == index]
             if run:
                 yield slice(index * self.heads, (index + 1) * self.heads), 1, run
+
+
+def meet(one: Bucket, other: Bucket) -> bool:
+    """Whether two buckets have an entry of a parameter or buffer in common, or may have one."""
+    theirs: dict[str, list[View]] = {}
+    for joint in other.joints:
+        for view in (*joint.views(), *joint.carried):
+            theirs.setdefault(view.parameter, []).append(view)
+    mine = (view for joint in one.joints for view in (*joint.views(), *joint.carried))
+    return any(view.meets(their) for view in mine for their in theirs.get(view.parameter, ()))
 
 
 def buckets(joints: Iterable[Joint]) -> list[Bucket]:

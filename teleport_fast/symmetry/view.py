@@ -65,6 +65,17 @@ class View:
             + 1
         )
 
+    def meets(self, other: View) -> bool:
+        """Whether the two views of one parameter share an entry; True where they lie along different axes."""
+        if self.axis != other.axis or self.head_axis is not None or other.head_axis is not None:
+            return True
+        return self.start < other.extent and other.start < self.extent and not self._indices().isdisjoint(other._indices())
+
+    def _indices(self) -> set[int]:
+        heads = range(self.start, self.start + self.heads * self.head_stride, self.head_stride) if self.head_stride else (self.start,)
+        repeats = [r * self.repeat_stride for r in range(self.repeats)]
+        return {head + unit * self.width_stride + repeat for head in heads for unit in range(self.width) for repeat in repeats}
+
     def of(self, tensor: Tensor) -> Tensor:
         """The strided alias (heads, width, outer, inner) of a tensor that has the parameter's shape.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import stand
 import torch
+import torch.distributed as dist
 from ranks import on
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +18,7 @@ import teleport_fast as tf
 from teleport_fast.objectives import Eigenbasis, Fixed, GradNorm
 
 prepare = stand.prepare
+KINDS = {2: ("gpt", "uneven"), 4: ("uneven",)}
 
 
 def sharded(model: nn.Module, **arguments: Any) -> None:
@@ -34,14 +36,14 @@ def data_parallel_teleports_are_those_of_one_process() -> None:
 
 @on(2, 4)
 def fully_sharded_gradient_norms_are_those_of_one_process() -> None:
-    for kind in ("gpt", "uneven"):
+    for kind in KINDS[dist.get_world_size()]:
         for direction in ("ascend", "descend"):
             stand.compared(kind, sharded, objective="grad_norm", direction=direction, schedule=tf.At(1, 3), radius=0.3)
 
 
 @on(2, 4)
 def fully_sharded_balance_and_eigenbases_are_those_of_one_process() -> None:
-    for kind in ("gpt", "uneven"):
+    for kind in KINDS[dist.get_world_size()]:
         stand.compared(kind, sharded, objective="balance", schedule=tf.At(1))
         stand.compared(kind, sharded, objective="eigenbasis", schedule=tf.Every(2), steps=5)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,10 +27,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from teleport_fast.distributed import Over, counted, layout_of, local_part
+import teleport_fast as tf
+from teleport_fast.distributed import Layout, Over, counted, layout_of, local_part
 from teleport_fast.distributed.blocks import exchange, spread_of
 from teleport_fast.optim import Rotated, summed
+from teleport_fast.optim.sharded import placing_of
+from teleport_fast.optim.sides import Assignment, Side
 
 OPTIONS: dict[str, Any] = {"lr": 0.01, "every": 2, "weight_decay": 0.1, "hidden": 8, "sides": HEADS, "table_lr": 0.02}
 SHAPES = {"h.0.q.weight": (8, 8), "h.0.up.weight": (16, 8), "h.0.down.weight": (8, 16), "h.0.norm.weight": (8,)}
@@ -157,6 +162,18 @@ def tensor_parallel_and_two_dimensional_meshes_step_as_one_process_with_their_gr
             many.step()
         assert distance(one, many) < 1e-9, (shape, distance(one, many))
         assert all(map(same_on_all_ranks, replicated_state(many)))
+    parallelize_module(single, mesh(4), plan)
+    for optimizer in (Rotated(single.named_parameters(), hidden=4), tf.optim.AdamW(single.named_parameters())):
+        single.zero_grad()
+        single(x).square().mean().backward()
+        late = single(x).square().mean()
+        optimizer.step()
+        try:
+            late.backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            raise AssertionError("a step between forward and backward went by unseen")
 
 
 @on(4)
@@ -210,6 +227,19 @@ def what_fully_sharded_data_parallel_flattens_is_refused() -> None:
         assert "fully_shard" in str(error)
     else:
         raise AssertionError("a flattened parameter was taken")
+
+
+@on(4)
+def rows_that_are_cut_twice_unevenly_are_refused() -> None:
+    told: Any = SimpleNamespace(size=lambda m=None: 6 if m is None else (3, 2)[m], shape=(3, 2), mesh=mesh(2, 2).mesh, ndim=2)
+    side = Side("stream", 1, 4, "basis")
+    layout = Layout((7, 4), told, (_StridedShard(0, split_factor=2), Shard(0)))
+    try:
+        placing_of(Assignment("up.weight", (7, 4), (side, side)), layout, True)
+    except ValueError as error:
+        assert "'up.weight'" in str(error) and "shard_placement_fn" in str(error)
+    else:
+        raise AssertionError("7 rows on 3 x 2 ranks were taken")
 
 
 @on(4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import stand
@@ -12,9 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import teleport_fast as tf
-from teleport_fast.distributed import counted
+from teleport_fast.distributed import Layout, counted
+from teleport_fast.distributed.refuse import impossible, is_ragged
+from teleport_fast.objectives import GradNorm
 
 prepare = stand.prepare
 PLAN: dict[str, Any] = {
@@ -65,7 +69,26 @@ def a_stream_that_tensor_parallelism_cuts_is_turned_by_a_collective() -> None:
 def both_at_once_are_one_process() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     for objective in ("grad_norm", "balance", "eigenbasis"):
-        stand.compared("even", lambda m: cut_and_sharded(m, mesh), objective=objective, schedule=tf.At(0, 2), share=False)
+        for kind in ("odd",) if objective == "balance" else ("even", "odd"):
+            stand.compared(kind, lambda m: cut_and_sharded(m, mesh), objective=objective, schedule=tf.At(0, 2), share=False)
+
+
+@on(4)
+def cuts_that_placements_tell_wrongly_are_refused() -> None:
+    """Three ranks that share what another cut of two has left: 7 = 4 + 3 = (2, 2, 0) + (1, 1, 1)."""
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("dp", "tp"))
+    model = nn.Sequential(nn.Linear(4, 7, bias=False), nn.Linear(7, 4, bias=False)).double()
+    (joint,) = (j for j in tf.find_symmetries(model) if j.group.form == "dense")
+    told = SimpleNamespace(size=lambda m=None: 6 if m is None else (3, 2)[m], shape=(3, 2), mesh=mesh.mesh, ndim=2)
+    for size, wrong in ((7, True), (8, False), (10, False), (12, False)):
+        layout = Layout((size, 4), told, (_StridedShard(0, split_factor=2), Shard(0)))
+        assert is_ragged(layout) is wrong, size
+    for parameter in list(model):
+        parameter.weight = nn.Parameter(distribute_tensor(parameter.weight.detach(), mesh, [Shard(0), Shard(1)]))
+    assert impossible(GradNorm(), joint, dict(model.named_parameters()), mesh) is None
+    other = SimpleNamespace(mesh=torch.tensor([7, 8]), size=lambda m=None: 2, ndim=1)
+    reason = impossible(GradNorm(), joint, dict(model.named_parameters()), other)
+    assert reason is not None and "one mesh" in reason and "'0.weight'" in reason
 
 
 class Experts(nn.Module):

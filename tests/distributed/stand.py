@@ -24,6 +24,8 @@ KINDS = {
     "wide": GPTConfig(vocab=9, context=4, d_model=8, layers=1, heads=2, mlp="swiglu", hidden=131),
     # four heads of 4, as tensor parallelism wants them
     "even": GPTConfig(vocab=16, context=6, d_model=16, layers=2, heads=4, mlp="swiglu", hidden=24),
+    # whole heads for two ranks, and nothing even after them
+    "odd": GPTConfig(vocab=13, context=5, d_model=12, layers=1, heads=2, mlp="swiglu", hidden=10),
     # a permutation between its layers, queries that share keys
     "gelu": GPTConfig(vocab=13, context=5, d_model=12, layers=1, heads=4, kv_heads=2, mlp="gelu", hidden=10),
 }
@@ -110,13 +112,13 @@ def moved_by(teleporter: Any) -> list[Tensor]:
     """Every element that the engine applies from now on."""
     seen: list[Tensor] = []
     place = teleporter.plan.place
-    original = place.move_
+    original = place.writes
 
-    def move_(bucket: Any, element: Any, sources: Any) -> None:
+    def writes(bucket: Any, element: Any, sources: Any) -> Any:
         seen.append(element.g.clone() if hasattr(element, "g") else torch.cat((element.plus.g, element.minus.g)).clone())
-        original(bucket, element, sources)
+        return original(bucket, element, sources)
 
-    place.move_ = move_
+    place.writes = writes
     return seen
 
 

@@ -113,7 +113,7 @@ def test_the_command_writes_json_and_a_picture_and_compares(tmp_path: Path, caps
         route["speed"] = {key: 1e3 * value for key, value in route["speed"].items()}
     before = tmp_path / "before.json"
     before.write_text(json.dumps(found))
-    assert main(["--quick", "--only", "square_sums", "--out", str(out), "--compare", str(before)]) == 1
+    assert main(["--quick", "--only", "square_sums", "--out", str(out), "--compare", str(before), "--strict"]) == 1
     assert "worse   square_sums float32" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["--compare", str(tmp_path / "missing.json")])

@@ -16,7 +16,8 @@ Every cell is the outcome of tests in `tests/support`, written by `python tests/
 **refused** is an error that says what to do, checked too. `attach` (or `Teleport`) is put around the first eight; `tf.optim.AdamW` and
 `tf.optim.Rotated` move by themselves. All of it ran on a CPU{versions};
 nothing on a GPU, where `capturable` and CUDA graphs belong.
-A step that a CUDA graph captures is refused, since it would replay without its schedule.
+A step that a CUDA graph captures is refused, since it would replay without its schedule. Rows of many ranks ran in two processes over
+gloo; more layouts and four ranks are in [distributed.md](distributed.md) and [optimizers.md](optimizers.md).
 
 """
 
