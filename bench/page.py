@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ MODES = ("find_symmetries", "rotations", "grad_norm", "AdamW")
 
 
 def load() -> dict[str, Run]:
-    """The committed runs by name."""
-    return {name: json.loads((RECORDED / f"{name}.json").read_text()) for name in ("ratios", "peers", "growth")}
+    """The committed runs by name; one that was not recorded is left out, and the page says so."""
+    paths = {name: RECORDED / f"{name}.json" for name in SECTIONS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def spread(found: dict[str, float]) -> str:
@@ -148,6 +149,7 @@ def growth(run: Run) -> Iterator[str]:
     yield "![Growth of time and memory](evidence/benchmarks/growth.png)"
 
 
+SECTIONS: dict[str, Callable[[Run], Iterator[str]]] = {"ratios": kernels, "peers": peers, "growth": growth}
 HEAD = """# Benchmarks
 
 Written by `python -m bench.page` from the runs committed in `bench/recorded`; a test holds the page to them. Ratios only: routes take
@@ -172,7 +174,10 @@ To commit a run: `--out bench/recorded/NAME.json --plot docs/evidence/benchmarks
 
 def render(runs: dict[str, Run]) -> str:
     """The page's text."""
-    parts = [HEAD, *("\n".join([*part, ""]) for part in (kernels(runs["ratios"]), peers(runs["peers"]), growth(runs["growth"])))]
+    parts = [HEAD]
+    for name, section in SECTIONS.items():
+        missing = [f"No run of `python -m bench.{name}` is committed yet."]
+        parts.append("\n".join([*(section(runs[name]) if name in runs else missing), ""]))
     return "\n".join(parts)
 
 

@@ -14,6 +14,7 @@ def test_the_page_is_the_committed_runs() -> None:
     changed = copy.deepcopy(runs)
     changed["ratios"]["rows"][0]["routes"]["auto"]["speed"]["median"] *= 2
     assert PAGE.read_text() != render(changed)
+    assert "No run of `python -m bench.peers` is committed yet." in render({name: run for name, run in runs.items() if name != "peers"})
 
 
 def test_every_case_slower_than_torch_is_named_as_lost() -> None:
