@@ -1,6 +1,6 @@
 """What one step costs by each optimizer and teleport, over forward plus backward of the same model, and the memory it takes.
 
-    python -m bench.peers [--quick] [--rounds 5] [--out FILE]
+    python -m bench.peers [--quick] [--only MODEL ...] [--rounds 5] [--out FILE]
 
 One thread by its CPU time; forward plus backward and all arms take turns in an order of the round, rates are 0 and weights are put
 back, so that all work on the same numbers. A cost is the median over rounds with quartiles; an optimizer that works every few steps is
@@ -11,6 +11,7 @@ charged its mean over a whole period, a teleport by itself its whole call. Memor
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import warnings
@@ -75,6 +76,7 @@ def measure(work: Workload, arms: Sequence[Arm], rounds: int, tell: Callable[[st
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models, two rounds: does everything run?")
+    parser.add_argument("--only", nargs="*", choices=("gpt", "mlp"), help="these; the others stay as --out has them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/peers.json"))
     options = parser.parse_args(arguments)
@@ -83,13 +85,19 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RankWarning)
     rounds = 2 if options.quick else options.rounds
     config, batch = (GPTConfig(d_model=32, layers=1, heads=2, context=16), 2) if options.quick else (GPTConfig(), 8)
-    widths, images = ((30, 16, 10, 10), 25) if options.quick else ((3072, 128, 32, 10), 200)
+    widths, images = ((30, 16, 10, 10), 25) if options.quick else ((784, 128, 32, 10), 200)
     command = "python -m bench.peers " + shlex.join(sys.argv[1:] if arguments is None else arguments)
-    by, rows = machine(), []
-    for work, arms in ((gpt(config, batch), GPT_ARMS), (mlp(widths, images), MLP_ARMS)):
-        rows += measure(work, arms, rounds, lambda line: print(line, flush=True))
+    found: dict[str, Any] = {"command": command.strip(), "machine": machine(), "rows": []}
+    if options.only and options.out.exists():
+        before = json.loads(options.out.read_text())
+        found["rows"] = [row for row in before["rows"] if row["model"].split()[0].strip(",").lower() not in options.only]
+        found["command"] = "; ".join(dict.fromkeys([*before["command"].split("; "), found["command"]]))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json({"command": command.strip(), "machine": by, "rows": rows}, options.out)
+    for name, make, arms in (("gpt", lambda: gpt(config, batch), GPT_ARMS), ("mlp", lambda: mlp(widths, images), MLP_ARMS)):
+        if not options.only or name in options.only:
+            found["rows"] += measure(make(), arms, rounds, lambda line: print(line, flush=True))
+            # A model at a time: a run that is stopped keeps what it has measured.
+            write_json(found, options.out)
     print(options.out)
     return 0
 

@@ -2,9 +2,10 @@
 
     python bench/step/soak.py [--steps 20000] [--moves 1000] [--out FILE.json]
 
-Trains two networks with a teleport every third step, `balance` in the stay frame and `eigenbasis` in the return frame, and reads the process' resident memory
-every 1000 steps; more than 2 MB of growth after a tenth of the steps fails. Then `--moves` teleports and ways back, and as many
-random turns that stay, of a byte GPT in float32 without training: logits that move by more than 1e-4 of their norm fail.
+Trains two networks with a teleport every third step, `balance` in the stay frame and `eigenbasis` in the return
+frame, and reads the process' resident memory every 1000 steps; more than 2 MB of growth after a tenth of the steps
+fails. Then `--moves` teleports and ways back, and as many random turns that stay, of a byte GPT in float32 without
+training: logits that move by more than 1e-4 of their norm fail.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ class Refresh:
                 cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
                 spread = _spread_of(sides, held)
                 if spread is not None:
-                    where = (spread.group, spread.over, accumulation_dtype(holder.dtype), basis.device)
-                    dealt.setdefault(where, []).append((owner, cold))
+                    whom = (spread.group, spread.over, accumulation_dtype(holder.dtype), basis.device)
+                    dealt.setdefault(whom, []).append((owner, cold))
                     continue
                 whole = [entry for entry in everyone[owner] if held.placings.get(entry[0][:2]) is None]
                 moments[owner] = views_of("exp_avg", groups, state, whole)

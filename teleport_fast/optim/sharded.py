@@ -110,7 +110,9 @@ class Placings:
             return None
         elementwise = base in ELEMENTWISE and match_rms is None
         layout = layout_of(parameter)
-        key = (assignment, layout, elementwise)
+        # matrices of one shape and the same blocks lie alike, whatever they are called
+        turned = None if assignment.sides is None else tuple(side.width if side.basis else 0 for side in assignment.sides)
+        key = (layout, turned, elementwise)
         if key not in self._found:
             self._found[key] = placing_of(assignment, layout, elementwise)
         return self._found[key]
