@@ -70,16 +70,19 @@ def sources(root: Path) -> set[str]:
     return found
 
 
-def sdist_lacks(sdist: Path, root: Path) -> set[str]:
+def contents(sdist: Path) -> set[str]:
     with tarfile.open(sdist) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames()}
-    return sources(root) - held
+        return {name.partition("/")[2] for name in archive.getnames()}
 
 
-def wheel_faults(wheel: Path, root: Path, pure: bool) -> list[str]:
-    """What the wheel lacks of the package, and what it holds beside it."""
+def sdist_lacks(sdist: Path, root: Path) -> set[str]:
+    return sources(root) - contents(sdist)
+
+
+def wheel_faults(wheel: Path, sdist: Path, pure: bool) -> list[str]:
+    """What the wheel lacks of the sdist's package, and what it holds beside it."""
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {name for name in sources(root) if name.startswith("teleport_fast/")}
+    wanted = {name for name in contents(sdist) if name.startswith("teleport_fast/") and name.endswith(SOURCES["teleport_fast"])}
     libraries = {name for name in held if name.endswith(".so")}
     strange = {n for n in held if not n.startswith(("teleport_fast/", "teleport_fast-"))}
     faults = [f"lacks {name}" for name in sorted(wanted - held)] + [f"holds {name}" for name in sorted(strange)]
@@ -131,7 +134,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for pure in (True,) if options.pure_only else (True, False):
             wheel = make_wheel(sdist, out, pure)
-            if faults := wheel_faults(wheel, ROOT, pure):
+            if faults := wheel_faults(wheel, sdist, pure):
                 print(f"wheels: {wheel.name} " + "; ".join(faults), file=sys.stderr)
                 return 1
             python = fresh_environment(Path(folder) / ("pure" if pure else "native"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -141,6 +140,8 @@ class WorthItsTime(Schedule):
         """Whether horizon (after/before − 1) exceeds seconds over the median step's; True while no step was timed."""
         if not self._steps or not before > 0:
             return True
+        from statistics import median  # decimal and fractions come with it: a tenth of this package's own import
+
         return self.horizon * (after / before - 1) * median(self._steps) > seconds
 
     def __repr__(self) -> str:

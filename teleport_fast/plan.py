@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from teleport_fast.distributed.layout import as_dtensor, local_part
+from teleport_fast.distributed.layout import as_dtensor, described, local_part
 from teleport_fast.objectives import Objective
 from teleport_fast.symmetry.bucket import Bucket, buckets
 from teleport_fast.symmetry.joint import Joint
@@ -215,14 +215,6 @@ def place_of(optimizer: Optimizer, group: ProcessGroup | None) -> Whole:
     from teleport_fast.distributed.shards import Shards
 
     return Shards(parameters)
-
-
-def described(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with one that lies on many ranks as its whole shape without storage: views can be laid on it."""
-    return {
-        name: tensor if as_dtensor(tensor) is None else torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
-        for name, tensor in tensors.items()
-    }
 
 
 def _places(optimizer: Optimizer) -> tuple[dict[int, tuple[int, int]], dict[str, tuple[int, int]]]:

@@ -18,7 +18,7 @@ def usual_bound(dtype: torch.dtype) -> float:
     >>> round(usual_bound(torch.float32)), round(usual_bound(torch.bfloat16))
     (2896, 2896)
     """
-    return float(torch.finfo(torch.promote_types(dtype, torch.float32)).eps ** -0.5)
+    return 1 / math.sqrt(torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
 
 
 def check_bound(max_condition: object) -> None:

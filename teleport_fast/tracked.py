@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from teleport_fast.plan import Plan, described
+from teleport_fast.distributed.layout import described
+from teleport_fast.plan import Plan
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element, Split
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.writes import Write

@@ -50,9 +50,9 @@ def test_the_sdist_holds_every_source_and_no_library(wheels: ModuleType, built: 
 
 @needs_build
 def test_the_pure_wheel_holds_the_package_and_nothing_else(wheels: ModuleType, built: tuple[Path, Path], tmp_path: Path) -> None:
-    _, wheel = built
+    sdist, wheel = built
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert wheels.wheel_faults(wheel, ROOT, pure=True) == []
+    assert wheels.wheel_faults(wheel, sdist, pure=True) == []
     # a wheel that lacks a file, or holds one that is not the package's, is caught
     wrong = tmp_path / wheel.name
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(wrong, "w") as target:
@@ -61,7 +61,7 @@ def test_the_pure_wheel_holds_the_package_and_nothing_else(wheels: ModuleType, b
                 target.writestr(name, source.read(name))
         target.writestr("tests/test_wheels.py", "")
         target.writestr("teleport_fast/_ops.so", "")
-    faults = wheels.wheel_faults(wrong, ROOT, pure=True)
+    faults = wheels.wheel_faults(wrong, sdist, pure=True)
     assert len(faults) == 3 and faults[:2] == ["lacks teleport_fast/py.typed", "holds tests/test_wheels.py"]
 
 

@@ -53,8 +53,8 @@ class Work:
 class Method:
     """A way to step. `every`: steps between refreshes; `parts`: of a gradient, one of which a covariance takes up at a step.
 
-    layout of a rotated matrix: "shards", as the library has it (rows over ranks, every basis on every rank), or "dealt": whole
-    matrices to one rank each with all that belongs to them, which it has not.
+    layout of a rotated matrix: "shards", as the library has it (rows over ranks; every basis made on one and kept on all), or
+    "dealt": whole matrices to one rank each with all that belongs to them, which it has not.
     """
 
     name: str
@@ -73,8 +73,9 @@ def every_step(shape: Shape, method: Method, ranks: int = 1) -> Work:
     if method.name == ROTATIONS:
         return total(_covariance(joint, method.parts, ranks) for joint in shape.joints if joint.turns)
     found = total(_rotated_step(matrix, method, ranks) for matrix in shape.turned())
-    # in shards, every step sums all covariances over ranks
-    return found if method.layout == "dealt" else found + Work(reduced=state(shape, method) / 2)
+    # in shards, every step sums all covariances over ranks, a half of each symmetric matrix
+    halves = sum(FLOAT * count * heads * width * (width + 1) / 2 for heads, width, count in bases(shape, method))
+    return found if method.layout == "dealt" else found + Work(reduced=halves)
 
 
 def at_refresh(shape: Shape, method: Method, ranks: int = 1) -> Work:
@@ -231,10 +232,11 @@ def _layouts(matrix: Matrix, method: Method, ranks: int) -> int:
 def _rotated_refresh(matrix: Matrix, method: Method, shape: Shape, ranks: int) -> Work:
     """R C and its QR factor, the turn Q Rᵀ, and the first moment to it, per side; a shared basis is made once.
 
-    Shards: every rank makes every basis. Dealt: one rank makes a basis and sends it to those that share it.
+    Shards: one rank makes a basis and sends it to all, which turn their part of a moment out of the old and into the new one.
+    Dealt: one rank makes a basis and sends it to those that share it.
     """
     found, lonely, lonely_factorisations = Work(), 0.0, 0.0
-    dealt = method.layout == "dealt"
+    dealt, sent = method.layout == "dealt", method.layout != "dealt" and ranks > 1
     for side in matrix.sides:
         widths = _widths(side, method)
         if widths is None:
@@ -243,14 +245,16 @@ def _rotated_refresh(matrix: Matrix, method: Method, shape: Shape, ranks: int) -
         own = _owned(matrix, side, method, shape)
         made, shared = matrix.count * own, matrix.count if own < 1 else 0
         cube, square = heads * float(width) ** 3, heads * float(width) ** 2
-        moment = 2.0 * width * matrix.entries
-        products, factorisations = made * 4 * cube, made * QR * cube
+        moment = 2.0 * width * matrix.entries * (2 if sent else 1)
         found = found + Work(
-            products=matrix.count * moment + (products if dealt else 0.0),
-            factorisations=factorisations if dealt else 0.0,
-            own_products=0.0 if dealt else products,
-            own_factorisations=0.0 if dealt else factorisations,
+            products=matrix.count * moment + made * 4 * cube,
+            factorisations=made * QR * cube,
+            # a rank makes whole bases: in shards one at least, dealt a matrix' own
+            alone_products=4 * cube if sent else 0.0,
+            alone_factorisations=QR * cube if sent else 0.0,
             streamed=matrix.count * 2 * FLOAT * matrix.entries + made * 6 * FLOAT * square,
+            # what one rank sends to all takes half of an all-reduce's way
+            reduced=FLOAT * made * square / 2 if sent else 0.0,
             exchanged=2 * FLOAT * shared * square if dealt else 0.0,
         )
         lonely, lonely_factorisations = lonely + moment + 4 * cube, lonely_factorisations + QR * cube

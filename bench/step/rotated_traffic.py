@@ -59,9 +59,10 @@ def row(name: str, ranks: int, options: dict[str, Any]) -> str:
     named = llama(width, layers, inner, vocab, mesh)
     sides = {"*.[qkv]_proj.weight": (f"heads:{heads}", "stream"), "*.o_proj.weight": ("stream", f"heads:{heads}")}
     optimizer = Rotated(named, sides=sides, **options)
-    reduced = moved = 0.0
+    reduced = moved = handed = 0.0
     for owned in (optimizer._assigned.owned(0, i) for i in range(len(named))):
         reduced += sum(side.heads * side.width * (side.width + 1) / 2 for side in owned)
+        handed += sum(side.entries for side in owned) / 3
     for i, (_, parameter) in enumerate(named):
         assert layout_of(parameter).mesh is not None
         placing = optimizer._placings.of(optimizer._assigned.of(0, i), parameter, "adam", None)
@@ -70,14 +71,14 @@ def row(name: str, ranks: int, options: dict[str, Any]) -> str:
     share = (ranks - 1) / ranks
     own = sum(p.numel() for _, p in named) * (2 + 2 + 4) * share
     memory = optimizer.memory()
-    cells = [2 * reduced * 4 * share, moved * 4, own, memory.moments, memory.bases + memory.covariances]
+    cells = [2 * reduced * 4 * share, handed * 4 * share, moved * 4, own, memory.moments, memory.bases + memory.covariances]
     return " | ".join(f"{cell / GB:.3g}" for cell in cells)
 
 
 def main() -> None:
     dist.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
-    heads = ("sums of covariances", "all-to-all", "fully_shard's own", "moments", "bases and covariances")
-    print("| model | ranks | options | " + " | ".join(heads) + " |\n" + "| --- " * 8 + "|")
+    heads = ("sums of covariances", "bases", "all-to-all", "fully_shard's own", "moments", "bases and covariances")
+    print("| model | ranks | options | " + " | ".join(heads) + " |\n" + "| --- " * 9 + "|")
     for name in MODELS:
         for ranks in (8, 64):
             for choice, options in CHOICES.items():

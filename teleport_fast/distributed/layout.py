@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -169,6 +169,14 @@ def local_part(tensor: Tensor) -> Tensor:
     """What this rank holds, an alias: writing into it writes into the tensor."""
     dtensor = as_dtensor(tensor)
     return tensor if dtensor is None else dtensor._local_tensor
+
+
+def described(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with one that lies on many ranks as its whole shape without storage: views can be laid on it."""
+    return {
+        name: tensor if as_dtensor(tensor) is None else torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
+        for name, tensor in tensors.items()
+    }
 
 
 def written(tensors: Iterable[Tensor]) -> None:

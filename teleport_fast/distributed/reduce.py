@@ -5,21 +5,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from teleport_fast.distributed.layout import Over
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 @dataclass
 class Traffic:
-    """What went through `all_reduce_`: collectives and payload bytes; `turned` has the bytes of tensors laid out anew."""
+    """What went through `all_reduce_`: collectives and payload bytes; `turned` has the bytes of tensors laid out anew.
+
+    broadcasts, broadcast: what one rank of a group sent to the others, as every rank of it counts.
+    """
 
     reductions: int = 0
     reduced: int = 0
     turns: int = 0
     turned: int = 0
+    broadcasts: int = 0
+    broadcast: int = 0
 
 
 @dataclass
@@ -84,3 +93,17 @@ def _reduce_bucket_(tensors: list[Tensor], over: Over, device: torch.device, op:
             traffic.reduced += flat.numel() * flat.element_size()
     for tensor, part in zip(tensors, flat.to(device).split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view(tensor.shape))
+
+
+@torch.no_grad()
+def broadcast_(tensor: Tensor, source: int, group: ProcessGroup | None, over: Over) -> Tensor:
+    """The tensor of the group's rank number `source`, of one shape on all of them; on the device where it came in."""
+    import torch.distributed as dist
+
+    assert over.mesh is not None
+    there = tensor if tensor.device.type == over.mesh.device_type else tensor.to(over.mesh.device_type)
+    dist.broadcast(there, group=group, group_src=source)
+    for traffic in _METERS.open:
+        traffic.broadcasts += 1
+        traffic.broadcast += there.numel() * there.element_size()
+    return there.to(tensor.device)

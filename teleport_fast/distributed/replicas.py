@@ -60,4 +60,9 @@ class Replicas(Whole):
     def _first_of(self, tensor: Tensor) -> None:
         import torch.distributed as dist
 
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        if dist.get_backend(self._group) == "nccl" and not tensor.is_cuda:
+            there = tensor.cuda()
+            dist.broadcast(there, group=self._group, group_src=0)
+            tensor.copy_(there)
+        else:
+            dist.broadcast(tensor, group=self._group, group_src=0)

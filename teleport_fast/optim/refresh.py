@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teleport_fast.distributed.layout import local_part
+from teleport_fast.distributed.blocks import Spread
 from teleport_fast.flag import Flag
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.ops.covariance import NORMALISE, covariance_
@@ -17,7 +16,8 @@ from teleport_fast.ops.group_action import group_action_
 from teleport_fast.ops.orthogonal_iteration import orthogonal_iteration_
 from teleport_fast.optim.assigned import Owner
 from teleport_fast.optim.bases import next_basis
-from teleport_fast.optim.sharded import turn_
+from teleport_fast.optim.dealt import deal, handed_out, made_here
+from teleport_fast.optim.moments import MOMENTS, Groups, Members, State, Turn, turn_moments_, views_of
 from teleport_fast.optim.sides import Side
 from teleport_fast.optim.summed import Due, Held, buckets_of, normalised_grams
 from teleport_fast.optim.views import part_of, view_of
@@ -25,12 +25,8 @@ from teleport_fast.state import SECOND_MOMENTS
 from teleport_fast.writes import Write, Writes, signals_held
 
 AXES = ("rows", "columns")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Devices where Householder's QR is no slower than the Cholesky factor's.
 HOUSEHOLDER = ("cpu",)
-State = Mapping[Tensor, dict[str, Any]]
-Members = dict[Owner, list[tuple[Owner, Side]]]
-Groups = list[dict[str, Any]]
 
 
 class Refresh:
@@ -90,9 +86,10 @@ class Refresh:
         `everyone` are all sides of each basis: first moments of parameters without a gradient in this step turn along.
         """
         due: dict[tuple[Any, ...], list[Owner]] = {}
+        dealt: dict[tuple[Any, ...], list[tuple[Owner, bool]]] = {}
         moments: dict[Owner, list[Tensor]] = {}
         squares: dict[Owner, list[Tensor]] = {}
-        turns: dict[Owner, Tensor] = {}
+        turns: dict[Owner, Turn] = {}
         projects = self.second_moments == "project"
         for owner, sides in members.items():
             holder, axis = groups[owner[0]]["params"][owner[1]], AXES[owner[2]]
@@ -114,26 +111,30 @@ class Refresh:
                 basis = entry[f"{axis}_basis"]
                 # a first basis is cold, and its images are far from orthogonal
                 cold = age == period or basis.device.type in HOUSEHOLDER or self._was_ill(owner, entry, axis)
+                spread = _spread_of(sides, held)
+                if spread is not None:
+                    whom = (spread.group, spread.over, accumulation_dtype(holder.dtype), basis.device)
+                    dealt.setdefault(whom, []).append((owner, cold))
+                    continue
                 whole = [entry for entry in everyone[owner] if held.placings.get(entry[0][:2]) is None]
-                moments[owner] = _views("exp_avg", groups, state, whole)
+                moments[owner] = views_of("exp_avg", groups, state, whole)
                 # by default second moments stay, and nobody needs their views
-                squares[owner] = _views("exp_avg_sq", groups, state, whole) if projects else []
+                squares[owner] = views_of("exp_avg_sq", groups, state, whole) if projects else []
                 key = (basis.shape, holder.dtype, basis.device, cold, len(moments[owner]), len(squares[owner]))
                 due.setdefault(key, []).append(owner)
         for (shape, dtype, _, by_householder, _, _), owners in due.items():
             turning = [view for owner in owners for view in moments[owner]]
             turn = self._turn_(groups, state, owners, turning, shape[0], accumulation_dtype(dtype), by_householder)
-            turns.update(zip(owners, turn.split(shape[0]), strict=True))
+            turns.update((owner, (own,)) for owner, own in zip(owners, turn.split(shape[0]), strict=True))
             projected = [view for owner in owners for view in squares[owner]]
             if projected:
                 group_action_(projected, [], turn.square(), joints=len(owners))
-        sharded = {owner: [e for e in everyone[owner] if held.placings.get(e[0][:2])] for owner in turns}
-        _turn_sharded_("exp_avg", groups, state, sharded, held, turns)
-        if projects:
-            squared = {owner: turn.square() for owner, turn in turns.items()}
-            _turn_sharded_("exp_avg_sq", groups, state, sharded, held, squared)
+        turn_moments_(groups, state, everyone, held, turns, projects, sharded=True)
+        for entries in dealt.values():
+            self._turn_dealt_(groups, state, entries, members, everyone, held)
+        refreshed = [*turns, *(owner for entries in dealt.values() for owner, _ in entries)]
         if self.second_moments == "reset":
-            for owner in moments:
+            for owner in refreshed:
                 for g, i, _ in (place for place, _ in everyone[owner]):
                     for value in (state.get(groups[g]["params"][i], {}).get(key) for key in MOMENTS):
                         if value is not None:
@@ -173,6 +174,46 @@ class Refresh:
         with signals_held():
             Writes(writes).finish()
         return found[0]
+
+    def _turn_dealt_(
+        self,
+        groups: Groups,
+        state: State,
+        entries: list[tuple[Owner, bool]],
+        members: Members,
+        everyone: Members,
+        held: Held,
+    ) -> None:
+        """Turn bases with a matrix that is sharded: each is made on one rank of the group, and sent to the others."""
+        owners = [owner for owner, _ in entries]
+        holders = {owner: state[groups[owner[0]]["params"][owner[1]]] for owner in owners}
+        bases = {owner: holders[owner][f"{AXES[owner[2]]}_basis"] for owner in owners}
+        spread, projects = _spread_of(members[owners[0]], held), self.second_moments == "project"
+        assert spread is not None
+        first = groups[owners[0][0]]["params"][owners[0][1]]
+        dtype, flagged = accumulation_dtype(first.dtype), bases[owners[0]].device.type not in HOUSEHOLDER
+        dealing = deal([float(basis.numel() * basis.shape[-1]) for basis in bases.values()], len(spread.blocks))
+        sources = dict(zip(owners, dealing, strict=True))
+        own = [
+            (owner, bases[owner], holders[owner][f"{AXES[owner[2]]}_covariance"], cold)
+            for owner, cold in entries
+            if sources[owner] == spread.me
+        ]
+        made = made_here(own, dtype, flagged)
+        sizes = {owner: basis.numel() + flagged for owner, basis in bases.items()}
+        for arrived in handed_out(made, sizes, sources, spread, dtype, bases[owners[0]].device):
+            turns: dict[Owner, Turn] = {}
+            for owner, flat_basis in arrived.items():
+                basis = bases[owner]
+                after = flat_basis[: basis.numel()].view(basis.shape)
+                before = basis.to(dtype).mT.contiguous()
+                # for a rank's part two turns are less than their product, which squares would need
+                turns[owner] = (after @ before,) if projects else (before, after)
+                basis.copy_(after)
+                if flagged:
+                    self._send(owner, holders[owner], AXES[owner[2]], flat_basis[-1] > 0)
+            turn_moments_(groups, state, everyone, held, turns, projects, sharded=False)
+            turn_moments_(groups, state, everyone, held, turns, projects, sharded=True)
 
     def _take_up_sharded_(self, groups: Groups, state: State, members: Members, held: Held) -> set[Owner]:
         """Update the covariances of bases with a matrix that is sharded, some at a time, and say which these are."""
@@ -219,27 +260,10 @@ def _begin(entry: dict[str, Any], axis: str, side: Side, device: torch.device, d
     entry[f"{axis}_age"] = torch.zeros((), dtype=torch.float32)
 
 
-def _views(key: str, groups: Groups, state: State, sides: list[tuple[Owner, Side]]) -> list[Tensor]:
-    """Views of this state of all the sides' parameters that have it."""
-    return [
-        view_of(state[parameter][key], a, side.heads)
-        for (g, i, a), side in sides
-        if key in state.get(parameter := groups[g]["params"][i], {})
-    ]
-
-
-def _turn_sharded_(
-    key: str, groups: Groups, state: State, sharded: Members, held: Held, turns: dict[Owner, Tensor]
-) -> None:
-    """Turn this state of sharded parameters along every side whose basis turned; rows before columns, as they share entries."""
-    for axis in (0, 1):
-        entries = []
-        for owner, sides in sharded.items():
-            for (g, i, a), side in sides:
-                value, placing = state.get(groups[g]["params"][i], {}).get(key), held.placings[g, i]
-                if a == axis and value is not None and placing is not None:
-                    entries.append((local_part(value), placing, axis, side, turns[owner]))
-        turn_(entries)
+def _spread_of(sides: list[tuple[Owner, Side]], held: Held) -> Spread | None:
+    """The ranks that make a basis of these sides together: those of its first matrix that is cut, None where none is."""
+    placings = (held.placings.get(place[:2]) for place, _ in sides)
+    return next((placing.home for placing in placings if placing is not None and placing.home.group is not None), None)
 
 
 def _observe_(covariance: Tensor, views: list[Tensor], decay: float, dtype: torch.dtype, normalise: str) -> None:

@@ -18,8 +18,9 @@ from teleport_fast.distributed.verdict import anywhere, meshes_of
 from teleport_fast.ops.checks import accumulation_dtype
 from teleport_fast.optim.assigned import Assigned, Place
 from teleport_fast.optim.group import check_group
+from teleport_fast.optim.moments import MOMENTS
 from teleport_fast.optim.plain_adamw import plain_adamw_
-from teleport_fast.optim.refresh import AXES, MOMENTS, Refresh, count_up_
+from teleport_fast.optim.refresh import AXES, Refresh, count_up_
 from teleport_fast.optim.restored import COUNTERS, restored_basis, restored_moment
 from teleport_fast.optim.sharded import Placing, Placings, moment_like
 from teleport_fast.optim.sharded_step import Task, Work, bring_home_, works_of

@@ -110,7 +110,9 @@ class Placings:
             return None
         elementwise = base in ELEMENTWISE and match_rms is None
         layout = layout_of(parameter)
-        key = (assignment, layout, elementwise)
+        # matrices of one shape and the same blocks lie alike, whatever they are called
+        turned = None if assignment.sides is None else tuple(side.width if side.basis else 0 for side in assignment.sides)
+        key = (layout, turned, elementwise)
         if key not in self._found:
             self._found[key] = placing_of(assignment, layout, elementwise)
         return self._found[key]
@@ -133,18 +135,19 @@ def rows_of(side: Side, spread: Spread, axis: int) -> slice:
     return slice(begin // side.width, end // side.width)
 
 
-def turn_(tensors: Sequence[tuple[Tensor, Placing, int, Side, Tensor]]) -> None:
-    """A ← g A along the axis, in place; each (this rank's part at work, placing, axis, side, g (heads, h, h))."""
+def turn_(tensors: Sequence[tuple[Tensor, Placing, int, Side, tuple[Tensor, ...]]]) -> None:
+    """A ← g A along the axis, in place; each (this rank's part at work, placing, axis, side, one or more g (heads, h, h), in turn)."""
     away = [entry for entry in tensors if entry[1].at[entry[2]] is not entry[1].work]
     moved = exchange([entry[0] for entry in away], [(entry[1].work, entry[1].home) for entry in away])
     by_identity = {id(entry[0]): there for entry, there in zip(away, moved, strict=True)}
-    for tensor, placing, axis, side, g in tensors:
+    for tensor, placing, axis, side, turns in tensors:
         spread = placing.at[axis]
         assert spread is not None
         own = rows_of(side, spread, axis)
         held = by_identity.get(id(tensor), tensor) if spread is not placing.work else tensor
         if own.start < own.stop and held.numel():
-            group_action_([view_of(held, axis, own.stop - own.start)], [], g[own])
+            for g in turns:
+                group_action_([view_of(held, axis, own.stop - own.start)], [], g[own])
     back = exchange(moved, [(entry[1].home, entry[1].work) for entry in away])
     for entry, tensor in zip(away, back, strict=True):
         entry[0].copy_(tensor)

@@ -32,11 +32,11 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
 
     require_matplotlib()
     path = run_dir / "report.html" if out is None else out
-    page = render(read_folder(run_dir))
+    found = read_folder(run_dir)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(render(found), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise ValueError(f"out must be a file that can be written, got {str(path)!r}: {error.strerror}") from None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from teleport_fast.distributed.layout import as_dtensor, described
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.verify import VerifyReport, verify
@@ -123,15 +124,16 @@ class Symmetries:
         """Move the model's parameters along the named joints, in place, in the order given.
 
         elements: {joint name: g}; g (heads, h, h) for dense groups, (heads, h) for diagonals, (heads, h) int64 for
-        permutations; cast to each parameter's dtype. A₊ → g A₊, A₋ → g⁻ᵀ A₋ (math.md section 2).
+        permutations; cast to each parameter's dtype. A₊ → g A₊, A₋ → g⁻ᵀ A₋ (math.md section 2). Of a sharded model every
+        rank must call this, with the same elements.
         Errors: KeyError for an unknown joint, ValueError for an element that is not in the group or has a wrong shape;
         all elements are checked before anything moves.
         """
         tensors = {**dict(model.named_buffers()), **named_tensors(model)}
-        moves = []
+        shapes, moves = described(tensors), []
         for name, g in elements.items():
             joint = self[name]
-            joint.check_shapes(tensors)
+            joint.check_shapes(shapes)
             g = joint.group.check(g, joint.heads, name)
             if g.is_floating_point():
                 first = tensors[joint.parameters()[0]]
@@ -140,8 +142,16 @@ class Symmetries:
                 moves.append((joint, Element.of(joint.group, g)))
             except torch.linalg.LinAlgError:
                 raise ValueError(f"element of joint {name!r} is singular; pass an invertible element") from None
+        if all(as_dtensor(tensor) is None for tensor in tensors.values()):
+            for joint, element in moves:
+                Bucket((joint,)).move_(element, [(PARAMETER, tensors)])
+            return
+        from teleport_fast.distributed.shards import Shards
+
+        shards = Shards(list(tensors.values()))
         for joint, element in moves:
-            Bucket((joint,)).move_(element, [(PARAMETER, tensors)])
+            for write in shards.writes(Bucket((joint,)), element, [(PARAMETER, tensors)]):
+                write()
 
     def random(
         self, radius: float = 0.5, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float64

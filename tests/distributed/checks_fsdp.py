@@ -90,6 +90,45 @@ def wrappers_options_change_nothing() -> None:
         stand.compared("gpt", lambda model, o=options: sharded(model, **o), objective="eigenbasis", schedule=tf.At(1, 2))
 
 
+@on(2)
+def tied_tensors_accumulated_and_clipped_gradients_are_those_of_one_process() -> None:
+    for objective in ("grad_norm", "eigenbasis"):
+        stand.compared("tied", sharded, objective=objective, schedule=tf.At(1, 2))
+    results = []
+    for wrap in (False, True):
+        model = stand.built("tied")
+        if wrap:
+            sharded(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        tf.attach(optimizer, stand.symmetries_of("tied", model), schedule=tf.At(0, 1))
+        for _ in range(2):
+            for number, (tokens, targets) in enumerate(stand.batches("tied", 2, 2)):
+                if wrap:
+                    model.set_requires_gradient_sync(number == 1)
+                stand.loss_of(model, tokens, targets).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(stand.weights(model))
+    assert stand.far(*results) < 1e-9 and stand.far(results[0], stand.weights(stand.built("tied"))) > 1e-3
+
+
+@on(2)
+def apply_moves_a_sharded_model_as_a_whole_one() -> None:
+    for kind in ("gpt", "gelu"):
+        model, parts = stand.built(kind), stand.built(kind)
+        sharded(parts)
+        symmetries = stand.symmetries_of(kind)
+        elements = symmetries.random(radius=0.3)
+        symmetries.apply_(model, elements)
+        symmetries.apply_(parts, elements)
+        assert stand.far(stand.weights(model), stand.weights(parts)) < 1e-12
+        assert stand.far(stand.weights(model), stand.weights(stand.built(kind))) > 1e-2
+        tokens, targets = next(stand.batches(kind, 1, 2))
+        before, after = (float(stand.loss_of(m, tokens, targets).detach()) for m in (stand.built(kind), parts))
+        assert abs(before - after) < 1e-9
+
+
 @on(4)
 def hybrid_shards_are_counted_once() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

@@ -32,7 +32,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import teleport_fast as tf
 from teleport_fast.distributed import Layout, Over, counted, layout_of, local_part
 from teleport_fast.distributed.blocks import exchange, spread_of
-from teleport_fast.optim import Rotated, summed
+from teleport_fast.optim import Rotated, dealt, refresh, summed
+from teleport_fast.optim.bases import next_basis
 from teleport_fast.optim.sharded import placing_of
 from teleport_fast.optim.sides import Assignment, Side
 
@@ -82,6 +83,8 @@ def under_fully_shard_a_run_is_the_single_process_one() -> None:
     entries = 6 * 36 + 4 * 4 * 3 + 2 * 2 * 36
     assert traffic.reduced == 5 * (8 * entries + 4), (traffic, entries)
     assert traffic.reductions == 5 * 2
+    # at each of two refreshes the bases are sent, each from the rank that made it
+    assert traffic.broadcast == 2 * 8 * (6 * 64 + 4 * 4 * 4 + 2 * 2 * 64) and traffic.broadcasts == 2 * world, traffic
     # o and down write the stream by their rows, which are cut: gradients go to columns and updates come back, a rank's part
     # of each but what stays. On 4 ranks a block of 8 neurons is cut as well: up goes too, and up and down go once more with
     # the other side turned, whose two turns take their moments home and back.
@@ -240,6 +243,25 @@ def rows_that_are_cut_twice_unevenly_are_refused() -> None:
         assert "'up.weight'" in str(error) and "shard_placement_fn" in str(error)
     else:
         raise AssertionError("7 rows on 3 x 2 ranks were taken")
+
+
+@on(2)
+def off_the_cpu_a_basis_comes_with_its_flag() -> None:
+    """As on a GPU: Cholesky's QR, and whether it went wrong, from the rank that made the basis; an ill one stays on all."""
+    for fails in (False, True):
+        with replaced(refresh, "HOUSEHOLDER", ()):
+            pair = Twins(SHAPES, mesh(2), [Shard(0)], torch.float64, **{**PLAIN, "every": 1}).step(1)
+
+            def ill(covariance: Tensor, basis: Tensor, by_householder: bool) -> tuple[Tensor, Tensor]:
+                found, wrong = next_basis(covariance, basis, by_householder)
+                return (found, wrong) if by_householder else (basis.clone(), torch.ones_like(wrong))
+
+            with replaced(refresh, "next_basis", ill if fails else next_basis), replaced(dealt, "next_basis", refresh.next_basis):
+                pair.step(1)
+            assert pair.distance() < 1e-9
+            flags = [state[key] for state in pair.many.state.values() for key in state if key.endswith("_ill")]
+            assert len(flags) == 6 and all(bool(flag) == fails for flag in flags)
+            assert pair.step(1).distance() < 1e-9
 
 
 @on(4)

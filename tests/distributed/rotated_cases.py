@@ -67,6 +67,7 @@ def distance(one: Any, other: Any) -> float:
         for a, b in pairs:
             assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
             if a.numel():
+                a, b = (each.double() for each in (a, b))
                 assert a.isfinite().all() and b.isfinite().all()
                 worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)))
     return worst

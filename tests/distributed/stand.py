@@ -26,6 +26,8 @@ KINDS = {
     "even": GPTConfig(vocab=16, context=6, d_model=16, layers=2, heads=4, mlp="swiglu", hidden=24),
     # whole heads for two ranks, and nothing even after them
     "odd": GPTConfig(vocab=13, context=5, d_model=12, layers=1, heads=2, mlp="swiglu", hidden=10),
+    # one tensor that the stream is written from and read by
+    "tied": GPTConfig(vocab=11, context=5, d_model=10, layers=1, heads=2, mlp="relu2", hidden=13, tied=True),
     # a permutation between its layers, queries that share keys
     "gelu": GPTConfig(vocab=13, context=5, d_model=12, layers=1, heads=4, kv_heads=2, mlp="gelu", hidden=10),
 }
