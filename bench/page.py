@@ -143,6 +143,9 @@ def growth(run: Run) -> Iterator[str]:
             times = [f"{row['time'][name]['median']:.3g}" for name in MODES]
             memory = [f"{row['memory'][name]:.2g}" for name in MODES]
             body.append([row["sweep"], f"{row['parameters'] / 1e6:.3g}M", shape, str(row["joints"]), *times, ", ".join(memory)])
+    if max(row["parameters"] for row in run["rows"] if "value" in row) < 50_000_000:
+        yield "The model of 100M parameters that the whole command ends with was not part of this run."
+        yield ""
     head = ["swept", "parameters", "shape", "joints", *(f"{name}, of forward + backward" for name in MODES), "memory (in this order)"]
     yield from table(head, body)
     yield ""
