@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,7 +30,9 @@ from teleport_fast.state import state_sources
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
 from teleport_fast.symmetry.symmetries import Symmetries
 from teleport_fast.tracked import Tracked
-from teleport_fast.writes import TRIES, Write, Writes, deliver, signals_held
+from teleport_fast.warned import WarnOnce
+from teleport_fast.write_phase import WritePhase
+from teleport_fast.writes import Write, Writes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,10 +71,10 @@ class Teleporter:
         self._held: dict[int, Element] = {}
         self._away: list[tuple[int, Bucket, Element | Split]] = []
         self._put_aside = PutAside()
-        self._unfinished, self._signals, self._waves = Writes(), list[int](), Waves()
+        self._waves, self._warn = Waves(), WarnOnce()
+        self._phase = WritePhase(self.plan, frame == "return", self._warn)
         self._counts_this_step = False
         self._depth = 0
-        self._warned: set[str] = set()
         self._watches = type(objective).observe is not Objective.observe
         self._looked = False
         self._tracked = Tracked(self.plan)
@@ -160,7 +161,8 @@ class Teleporter:
         if "schedule" in state:
             self.schedule.load_state_dict(state["schedule"])
         self._held = {int(i): Element(*parts) for i, parts in state.get("held", {}).items()}
-        self._away, self._verdict, self._unfinished = [], None, Writes()
+        self._away, self._verdict = [], None
+        self._phase.forget()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._depth and is_nested(optimizer):
@@ -194,7 +196,7 @@ class Teleporter:
                 self._move(optimizer, step, fires, holding)
             except BaseException:
                 # a basis that is held was already taken up
-                if self._away and not self._unfinished:
+                if self._away and not self._phase.unfinished:
                     self._come_back(optimizer)
                 raise
         return changed
@@ -218,7 +220,7 @@ class Teleporter:
                 held = [(i, bucket, self._held[i]) for i, bucket in serving if i in self._held]
                 if verdict is not None:
                     held = [(i, bucket, unless(verdict > 0, element)) for i, bucket, element in held]
-                self._commit(self._listed(self._writes(parameters, gradients, held, "keep")))
+                self._phase.commit(self._phase.listed(self._writes(parameters, gradients, held, "keep")))
             if verdict is None:
                 place.observe(self.objective, serving, gradients)
                 if fires and norm() > 0:
@@ -281,8 +283,8 @@ class Teleporter:
                 for _, bucket, element in moves:
                     if condition is not None and self.objective.stretches and bucket.group.holds_stretches:
                         condition = _larger(condition, element.condition())
-                writes = self._listed(calls)
-                self._commit(writes)
+                writes = self._phase.listed(calls)
+                self._phase.commit(writes)
             except BaseException:
                 if not writes.begun:
                     restore(self.objective, memory)
@@ -314,39 +316,6 @@ class Teleporter:
             return [*writes, partial(self._away.extend, moves)]
         return [*writes, *(write for _, bucket, element in moves for write in self._tracked.writes(bucket, element))]
 
-    def _listed(self, writes: list[Write]) -> Writes:
-        # a rank that called an op again alone would wait for the others
-        return Writes(writes, 1 if self.plan.place.sharded else TRIES)
-
-    def _commit(self, writes: Writes) -> None:
-        """Do all of them; a signal that comes meanwhile is delivered after them, in the return frame after the way back."""
-        with signals_held(self._signals if self.frame == "return" else None):
-            self._unfinished = writes
-            self._finish()
-
-    def _finish(self) -> None:
-        if not self._unfinished:
-            return
-        writes, overcome = self._unfinished, list[BaseException]()
-        try:
-            with full_precision(("cpu", "cuda")):
-                overcome = writes.finish()
-        finally:
-            if not writes or not writes.begun:
-                self._unfinished = Writes()
-            elif self.plan.place.sharded:
-                self._unfinished = Writes()
-                self._warn("a move failed on this rank, whose weights are between two points of their orbit; resume from a checkpoint")
-            else:
-                self._warn(
-                    "a move could not be finished, the network is between two points of its orbit; it is finished before the next "
-                    "step, state_dict() of the optimizer or detach(): call one of these before the weights are used"
-                )
-        for error in overcome:
-            if not isinstance(error, Exception):
-                raise error
-            self._warn(f"a write of the move raised ({error!r}) and was taken up again; the move is whole")
-
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._depth -= 1
         if self._depth:
@@ -359,10 +328,10 @@ class Teleporter:
                 self._come_back(optimizer)
             found = found_inf(optimizer)
             self._verdict = None if found is None else Flag(self.plan.place.verdict(found))
-        deliver(self._signals)
+        self._phase.deliver()
 
     def _before_state_dict(self, _: Optimizer) -> None:
-        self._finish()
+        self._phase.finish()
         self._settle()
 
     def _settle(self) -> None:
@@ -380,7 +349,7 @@ class Teleporter:
         with full_precision({parameter.device.type for parameter in parameters.values()}):
             policy = "keep" if self.objective.holds else self.second_moments
             writes = writes_of(optimizer, self.plan, parameters, gradients, back, policy)
-            self._commit(self._listed([*writes, self._away.clear]))
+            self._phase.commit(self._phase.listed([*writes, self._away.clear]))
 
     def _skip_step(self, everything: dict[str, Tensor]) -> bool:
         """A step that would teleport on a non-finite gradient is skipped whole: the base optimizer sees no gradient."""
@@ -393,17 +362,12 @@ class Teleporter:
 
     def _undo_interrupted_step(self, optimizer: Optimizer) -> None:
         """A step that raised never came to the hook after it: its moves are undone now, its gradients are void."""
-        self._finish()
+        self._phase.finish()
         if self._away:
             self._come_back(optimizer)
-        deliver(self._signals)
+        self._phase.deliver()
         if self._put_aside:
             self._put_aside.forget(optimizer)
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"teleport_fast: {message}", RuntimeWarning, stacklevel=4)
 
 
 def _larger(one: Tensor | None, other: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class AdamW(torch.optim.AdamW):
             for key in {numbers[name]: None for name in sorted(names)}:
                 chosen = {name for name in names if numbers[name] == key}
                 writes += self._steps(_views(bucket, chosen), len(bucket.joints), element.g, parameters, key)
-        self.teleporter._commit(Writes(writes))
+        self.teleporter._phase.commit(Writes(writes))
         return {parameters[name] for name in numbers}
 
     def _steps(
