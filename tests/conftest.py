@@ -48,3 +48,9 @@ def same_seed_and_settings() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def one_thread(same_seed_and_settings: None) -> None:
+    """For what is timed by one thread's processor time, or too small for two."""
+    torch.set_num_threads(1)

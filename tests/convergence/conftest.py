@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from bench.convergence.interface import Result, Space, Task, Trial
 
@@ -43,9 +42,5 @@ def toy() -> Toy:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks: a second thread only costs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def tiny_networks(one_thread: None) -> None:
+    """A second thread only costs."""

@@ -11,13 +11,7 @@ import torch
 
 from teleport_fast.experiments.timing import clock, interleaved, ratios, repeated, seconds, spread
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def burn(milliseconds: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,7 @@ from teleport_fast.ops.square_sums import _OP as square_sums_op
 
 needs_cpp = pytest.mark.skipif(availability("cpp") is not True, reason="the extension is not built")
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sleeping(name: str, ours: float, theirs: float) -> Case:
