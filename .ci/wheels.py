@@ -53,7 +53,8 @@ def make_wheel(sdist: Path, out: Path, pure: bool) -> Path:
         with tarfile.open(sdist) as archive:
             archive.extractall(folder, filter="data")
         (unpacked,) = Path(folder).iterdir()
-        build(unpacked, out, "--wheel", **({"CXX": NO_COMPILER, "TELEPORT_FAST_REQUIRE_EXT": ""} if pure else {"TELEPORT_FAST_REQUIRE_EXT": "1"}))
+        compiler = {"CXX": NO_COMPILER, "TELEPORT_FAST_REQUIRE_EXT": ""} if pure else {"TELEPORT_FAST_REQUIRE_EXT": "1"}
+        build(unpacked, out, "--wheel", **compiler)
     return newest(out, "*-none-any.whl" if pure else "*-linux_*.whl")
 
 
