@@ -26,9 +26,9 @@ SIZES = {"0.9M": (128, 4), "4M": (256, 5)}
 BATCH = 16
 METHODS = {
     "adamw + exact rotations, k = 3": Method(ROTATIONS, every=3, parts=4),
-    "rotated:hidden=false": Method("Rotated", every=3, parts=3, hidden=False),
-    "rotated": Method("Rotated", every=3, parts=3),
-    "rotated-hidden": Method("Rotated", every=3, parts=3, hidden=True),
+    "rotated:hidden=false": Method("Rotated", every=3, parts=1, hidden=False),
+    "rotated": Method("Rotated", every=3, parts=1),
+    "rotated-hidden": Method("Rotated", every=3, parts=1, hidden=True),
 }
 
 

@@ -45,7 +45,8 @@ class Refresh:
         counts = {"every": every, "hidden_every": hidden_every, "covariance_parts": covariance_parts}
         for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; 3 is the default")
+                usual = 1 if name == "covariance_parts" else 3
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; {usual} is the default")
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.95 is the default")
         if basis_dtype not in (None, torch.float32, torch.bfloat16):

@@ -78,7 +78,7 @@ class Rotated(Optimizer):
         sides: Mapping[str, tuple[str, str]] | None = None,
         every: int = 3,
         hidden_every: int | None = None,
-        covariance_parts: int = 3,
+        covariance_parts: int = 1,
         decay: float = 0.95,
         normalise: str = "tensor",
         second_moments: str = "keep",

@@ -29,7 +29,7 @@ def layer() -> tuple[nn.Parameter, list[torch.Tensor]]:
 
 def test_each_step_takes_the_next_third_of_the_columns() -> None:
     p, gradients = layer()
-    optimizer = Rotated([("up.weight", p)], lr=0.01, sides={"*": ("none", "stream")})
+    optimizer = Rotated([("up.weight", p)], lr=0.01, sides={"*": ("none", "stream")}, covariance_parts=3)
     expected, whole = torch.zeros(24, 24), torch.zeros(24, 24)
     bounds = [0, 32, 80, 128]
     for step, gradient in enumerate(gradients):
@@ -45,12 +45,12 @@ def test_each_step_takes_the_next_third_of_the_columns() -> None:
 
 def test_a_run_that_stops_within_a_turn_goes_on_to_the_bit() -> None:
     p, gradients = layer()
-    optimizer = Rotated([("up.weight", p)], lr=0.01)
+    optimizer = Rotated([("up.weight", p)], lr=0.01, covariance_parts=3)
     for gradient in gradients[:4]:
         p.grad = gradient
         optimizer.step()
     q = nn.Parameter(p.detach().clone())
-    second, unaware = (Rotated([("up.weight", q)], lr=0.01) for _ in range(2))
+    second, unaware = (Rotated([("up.weight", q)], lr=0.01, covariance_parts=3) for _ in range(2))
     state = copy.deepcopy(optimizer.state_dict())
     second.load_state_dict(state)
     state["state"][0]["columns_age"] += 1

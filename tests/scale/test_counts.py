@@ -94,7 +94,8 @@ def of_steps(shape: Shape, method: Method, steps: int, refreshes: int) -> tuple[
 @pytest.mark.parametrize("hidden", [False, 64, True])
 def test_rotated_calls_for_the_products_and_factors_that_are_counted(hidden: bool | int) -> None:
     model, shape = demo()
-    optimizer = tf.optim.Rotated(model.named_parameters(), symmetries=tf.find_symmetries(model, verify="blocks"), hidden=hidden, every=3)
+    symmetries = tf.find_symmetries(model, verify="blocks")
+    optimizer = tf.optim.Rotated(model.named_parameters(), symmetries=symmetries, hidden=hidden, every=3, covariance_parts=3)
     with counting() as calls:
         for _ in range(3):
             fill(model)
