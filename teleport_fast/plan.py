@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,7 @@ class Plan:
         objective.check(symmetries)
         self._objective, self._group = objective, group
         positions = _positions(optimizer, symmetries)
-        self.place = place_of(optimizer, group)
+        self.place = place_of(_all(optimizer), group)
         self.left_out = {
             joint.name: reason
             for joint in symmetries
@@ -118,7 +118,7 @@ class Plan:
         self.slots = found
         self._remember(optimizer)
         self._live |= gone
-        self.place = place_of(optimizer, self._group)
+        self.place = place_of(_all(optimizer), self._group)
         self._refused = {}
         for index, bucket in enumerate(self.buckets):
             for joint in bucket.joints:
@@ -200,12 +200,12 @@ class Plan:
         return {**self.__dict__, "_live": {}, "_seen": {}, "place": WHOLE, "_group": None}
 
 
-def place_of(optimizer: Optimizer, group: ProcessGroup | None) -> Whole:
-    """How the optimizer's parameters are measured and moved: by this process, or by all ranks where one is a DTensor.
+def place_of(tensors: Iterable[Tensor], group: ProcessGroup | None = None) -> Whole:
+    """How these parameters are measured and moved: by this process, or by all ranks where one is a DTensor.
 
     group: the ranks that hold the same plain tensors.
     """
-    parameters = [parameter for of_group in optimizer.param_groups for parameter in of_group["params"]]
+    parameters = list(tensors)
     if all(as_dtensor(parameter) is None for parameter in parameters):
         if group is None:
             return WHOLE
@@ -238,3 +238,7 @@ def _positions(optimizer: Optimizer, symmetries: Symmetries) -> dict[str, tuple[
                     named[name] = by_id[id(parameter)]
                     break
     return named
+
+
+def _all(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])

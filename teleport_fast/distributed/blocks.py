@@ -135,7 +135,7 @@ def exchange(tensors: Sequence[Tensor], moves: Sequence[tuple[Spread, Spread]]) 
         if before.replicated:
             found[index] = part(tensor, before.mine, after.mine).contiguous()
         else:
-            buckets.setdefault((before.group, tensor.dtype, tensor.device, _device_type(before)), []).append(index)
+            buckets.setdefault((before.group, tensor.dtype, tensor.device, device_type(before)), []).append(index)
     for (group, dtype, device, kind), run in buckets.items():
         sent: list[Tensor] = []
         out_sizes, in_sizes = [], []
@@ -174,6 +174,6 @@ def _entries(block: Block) -> int:
     return math.prod(end - begin for begin, end in block)
 
 
-def _device_type(spread: Spread) -> str:
+def device_type(spread: Spread) -> str:
     assert spread.layout.mesh is not None
     return str(spread.layout.mesh.device_type)

@@ -96,12 +96,14 @@ def _reduce_bucket_(tensors: list[Tensor], over: Over, device: torch.device, op:
 
 
 @torch.no_grad()
-def broadcast_(tensor: Tensor, source: int, group: ProcessGroup | None, over: Over) -> Tensor:
-    """The tensor of the group's rank number `source`, of one shape on all of them; on the device where it came in."""
+def broadcast_(tensor: Tensor, source: int, group: ProcessGroup | None, device_type: str) -> Tensor:
+    """The tensor of the group's rank number `source`, of one shape on all of them; on the device where it came in.
+
+    device_type: of the devices between which the group sends.
+    """
     import torch.distributed as dist
 
-    assert over.mesh is not None
-    there = tensor if tensor.device.type == over.mesh.device_type else tensor.to(over.mesh.device_type)
+    there = tensor if tensor.device.type == device_type else tensor.to(device_type)
     dist.broadcast(there, group=group, group_src=source)
     for traffic in _METERS.open:
         traffic.broadcasts += 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from teleport_fast.distributed.reduce import broadcast_
 from teleport_fast.objectives import Move, Objective
 from teleport_fast.schedule import Schedule, StepInfo
 from teleport_fast.symmetry.bucket import Bucket, Element, Split
@@ -60,9 +61,7 @@ class Replicas(Whole):
     def _first_of(self, tensor: Tensor) -> None:
         import torch.distributed as dist
 
-        if dist.get_backend(self._group) == "nccl" and not tensor.is_cuda:
-            there = tensor.cuda()
-            dist.broadcast(there, group=self._group, group_src=0)
-            tensor.copy_(there)
-        else:
-            dist.broadcast(tensor, group=self._group, group_src=0)
+        device_type = "cuda" if dist.get_backend(self._group) == "nccl" else tensor.device.type
+        arrived = broadcast_(tensor, 0, self._group, device_type)
+        if arrived is not tensor:
+            tensor.copy_(arrived)

@@ -15,6 +15,7 @@ from teleport_fast.distributed.parts import Local, Part, Turn, local_of, zeros
 from teleport_fast.distributed.reduce import all_reduce_
 from teleport_fast.distributed.refuse import impossible
 from teleport_fast.distributed.turn import laid_out, put_back_
+from teleport_fast.distributed.verdict import anywhere
 from teleport_fast.norm import clipping, total_norm
 from teleport_fast.objectives import Eigenbasis, Move, Objective
 from teleport_fast.objectives.sums import SUMS
@@ -200,9 +201,8 @@ class Shards(Whole):
         return {name: local_part(tensor) for name, tensor in tensors.items() if self._counts(layout_of(tensor))}
 
     def _any(self, flag: bool) -> bool:
-        found = torch.tensor(float(flag))
-        all_reduce_([(found, self._over)], "max")
-        return bool(found)
+        assert self._mesh is not None
+        return anywhere(torch.tensor(flag), [self._mesh])
 
     @staticmethod
     def _zero(tensors: Mapping[str, Tensor]) -> Tensor:

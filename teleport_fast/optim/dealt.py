@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from teleport_fast.distributed.blocks import Spread
+from teleport_fast.distributed.blocks import Spread, device_type
 from teleport_fast.distributed.reduce import broadcast_
 from teleport_fast.ops.orthogonal_iteration import orthogonal_iteration_
 from teleport_fast.optim.assigned import Owner
@@ -86,5 +86,5 @@ def _sent(
     counts = [sizes[owner] for owner in run]
     own = source == spread.me
     flat = torch.cat([made[owner] for owner in run]) if own else torch.empty(sum(counts), dtype=dtype, device=device)
-    flat = broadcast_(flat, source, spread.group, spread.over)
+    flat = broadcast_(flat, source, spread.group, device_type(spread))
     return dict(zip(run, flat.split(counts), strict=True))

@@ -42,10 +42,9 @@ class Refresh:
         normalise: str = "tensor",
         second_moments: str = "keep",
     ) -> None:
-        counts = {"every": every, "hidden_every": hidden_every, "covariance_parts": covariance_parts}
-        for name, value in counts.items():
+        counts = (("every", every, 3), ("hidden_every", hidden_every, 3), ("covariance_parts", covariance_parts, 1))
+        for name, value, usual in counts:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                usual = 1 if name == "covariance_parts" else 3
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; {usual} is the default")
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.95 is the default")

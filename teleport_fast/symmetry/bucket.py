@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from teleport_fast.ops import diagonal_action_, group_action_, permutation_action_
-from teleport_fast.symmetry.condition import condition_number, diagonal_condition_number
+from teleport_fast.symmetry.condition import condition_numbers, diagonal_condition_number
 from teleport_fast.symmetry.groups import Group
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.view import View
@@ -65,8 +65,7 @@ class Element:
         permutation, or given as its own inverse transpose (a rotation). For finite elements."""
         if self.form != "dense" or self.turns or not self.g.numel():
             return torch.ones(len(self.g), dtype=torch.float32, device=self.g.device)
-        values: Tensor = torch.linalg.svdvals(self.g)
-        return values[..., 0] / values[..., -1]
+        return condition_numbers(self.g)
 
     @property
     def turns(self) -> bool:
@@ -83,7 +82,7 @@ class Element:
         """The condition number of the worst head, 0-d where the element lies."""
         if self.form == "diagonal":
             return diagonal_condition_number(self.g)
-        return condition_number(self.g) if self.form == "dense" else torch.ones((), device=self.g.device)
+        return condition_numbers(self.g).amax() if self.form == "dense" else torch.ones((), device=self.g.device)
 
     def squared(self) -> Element:
         """The element whose matrices have squared entries: it carries second moments of uncorrelated entries."""

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 
-def condition_number(g: Tensor) -> Tensor:
-    """κ₂(g) = σ_max / σ_min of each matrix of g (heads, h, h), the largest of all heads'; 0-d, float32 at least.
+def condition_numbers(g: Tensor) -> Tensor:
+    """κ₂ = σ_max / σ_min of each matrix of g (heads, h, h), (heads,), float32 at least.
 
     Source: definition; tests/symmetry/test_condition.py.
 
-    >>> condition_number(torch.diag(torch.tensor([4.0, 1.0, 0.5]))[None])
-    tensor(8.)
+    >>> condition_numbers(torch.diag(torch.tensor([4.0, 1.0, 0.5]))[None])
+    tensor([8.])
     """
     values: Tensor = torch.linalg.svdvals(g.to(torch.promote_types(g.dtype, torch.float32)))
-    return (values[:, 0] / values[:, -1]).amax()
+    return values[:, 0] / values[:, -1]
 
 
 def diagonal_condition_number(g: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from teleport_fast.distributed.layout import as_dtensor, described
+from teleport_fast.distributed.layout import described
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.verify import VerifyReport, verify
@@ -142,15 +142,11 @@ class Symmetries:
                 moves.append((joint, Element.of(joint.group, g)))
             except torch.linalg.LinAlgError:
                 raise ValueError(f"element of joint {name!r} is singular; pass an invertible element") from None
-        if all(as_dtensor(tensor) is None for tensor in tensors.values()):
-            for joint, element in moves:
-                Bucket((joint,)).move_(element, [(PARAMETER, tensors)])
-            return
-        from teleport_fast.distributed.shards import Shards
+        from teleport_fast.plan import place_of  # which stands on this module
 
-        shards = Shards(list(tensors.values()))
+        place = place_of(tensors.values())
         for joint, element in moves:
-            for write in shards.writes(Bucket((joint,)), element, [(PARAMETER, tensors)]):
+            for write in place.writes(Bucket((joint,)), element, [(PARAMETER, tensors)]):
                 write()
 
     def random(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,15 +19,7 @@ NAMES = sorted(ranks.load())
 def outcomes(request: pytest.FixtureRequest) -> dict[str, str | None]:
     """What the selected checks came to, from one process that forks the ranks."""
     chosen = [item.callspec.params["name"] for item in request.session.items if item.fspath == __file__]  # type: ignore[attr-defined]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", str(HERE / "ranks.py"), *chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    found: dict[str, str | None] = dict.fromkeys(chosen, f"the check was not run\n{done.stderr[-4000:]}")
-    for line in done.stdout.splitlines():
-        if line.startswith('{"name"'):
-            outcome = json.loads(line)
-            found[outcome["name"]] = outcome["problem"]
-    return found
+    return ranks.outcomes_of(chosen)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,9 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-RANKS = HERE.parent / "distributed" / "ranks.py"
+sys.path.insert(0, str(HERE.parent / "distributed"))
+
+import ranks  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -20,14 +19,7 @@ def outcomes(request: pytest.FixtureRequest) -> dict[str, str | None]:
     """What the checks of the selected cells came to, from one process that forks the ranks."""
     cells = [item for item in request.session.items if Path(item.fspath) == Path(__file__)]  # type: ignore[attr-defined]
     chosen = [f"{CHECKS[item.originalname]}:{item.callspec.params['arm']}-2" for item in cells]  # type: ignore[attr-defined]
-    command = [sys.executable, "-P", str(RANKS), str(HERE / "columns.py"), *chosen]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=1200)
-    found: dict[str, str | None] = dict.fromkeys(chosen, f"the check was not run\n{done.stderr[-4000:]}")
-    for line in done.stdout.splitlines():
-        if line.startswith('{"name"'):
-            outcome = json.loads(line)
-            found[outcome["name"]] = outcome["problem"]
-    return found
+    return ranks.outcomes_of(chosen, HERE / "columns.py")
 
 
 def came_out_well(arm: Any, outcomes: dict[str, str | None], check: str) -> None:
