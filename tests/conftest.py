@@ -1,4 +1,4 @@
-"""What every test stands on: two threads (one in each of several workers), one seed; without a GPU, Triton's interpreter, and `gpu` tests skipped."""
+"""What every test stands on: one seed, two threads (one where workers share the cores); without a GPU, Triton's interpreter, `gpu` tests skipped."""
 
 from __future__ import annotations
 
