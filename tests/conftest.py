@@ -1,4 +1,4 @@
-"""What every test stands on: one seed, two threads (one where workers share the cores); without a GPU, Triton's interpreter, `gpu` tests skipped."""
+"""What every test stands on: one seed, two threads (one where workers share the cores), Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
