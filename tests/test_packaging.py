@@ -135,6 +135,21 @@ def test_pinned_versions_satisfy_the_published_extras() -> None:
     assert "pytest" in bounds and all(SpecifierSet(str(bounds[name])).contains(pinned[name]) for name in bounds)
 
 
+def clashes(of: list[str], pinned: list[Requirement]) -> list[str]:
+    """Those requirements that a pin breaks. Triton's pin is left out by the Makefile where torch names a triton itself."""
+    versions = {r.name: str(r.specifier).removeprefix("==") for r in pinned if r.marker is None or r.marker.evaluate()}
+    asked = [r for r in map(Requirement, of) if r.name in versions.keys() - {"triton"} and (r.marker is None or r.marker.evaluate({"extra": ""}))]
+    return [str(r) for r in asked if not r.specifier.contains(versions[r.name])]
+
+
+def test_pinned_versions_are_such_as_every_supported_torch_allows() -> None:
+    pinned = requirements()
+    assert clashes(importlib.metadata.requires("torch") or [], pinned) == []
+    # setuptools of torch 2.11.0, and of 2.13.0 and 2.14.1: a pin that breaks one of them has pip take another torch
+    assert clashes(["setuptools<82", "setuptools>=77.0.3"], pinned) == []
+    assert clashes(["setuptools<81", "triton==3.6.0"], pinned) == ["setuptools<81"]
+
+
 def test_a_typed_marker_and_only_package_code_are_shipped() -> None:
     config = read("pyproject.toml")
     assert '"py.typed"' in config and 'include = ["teleport_fast*"]' in config
@@ -164,6 +179,10 @@ def test_make_variables_choose_the_interpreter_torch_and_pips_arguments() -> Non
     assert "python3.12 -m venv" in done
     assert re.search(r"install --no-index 'torch==2\.11\.0'", done)
     assert "--no-build-isolation --no-deps -e ." in done
+    # the requirements may not bring another torch than the one asked for
+    (install,) = [line for line in done.splitlines() if "install" in line and "/dev.txt" in line]
+    (held,) = re.findall(r" -c (\S+)", install)
+    assert re.search(rf"m\.version\(\"torch\"\)\)' > {re.escape(held)}", done)
 
 
 def test_ci_runs_the_readmes_test_command_last() -> None:
