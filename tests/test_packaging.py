@@ -138,7 +138,8 @@ def test_pinned_versions_satisfy_the_published_extras() -> None:
 def clashes(of: list[str], pinned: list[Requirement]) -> list[str]:
     """Those requirements that a pin breaks. Triton's pin is left out by the Makefile where torch names a triton itself."""
     versions = {r.name: str(r.specifier).removeprefix("==") for r in pinned if r.marker is None or r.marker.evaluate()}
-    asked = [r for r in map(Requirement, of) if r.name in versions.keys() - {"triton"} and (r.marker is None or r.marker.evaluate({"extra": ""}))]
+    asked = [r for r in map(Requirement, of) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    asked = [r for r in asked if r.name in versions.keys() - {"triton"}]
     return [str(r) for r in asked if not r.specifier.contains(versions[r.name])]
 
 
