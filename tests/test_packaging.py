@@ -35,6 +35,7 @@ PUBLIC_FILES = [
     ".pre-commit-config.yaml",
     ".github/pull_request_template.md",
     ".ci/run",
+    ".ci/environments",
     ".gitignore",
     "docs/mathematics.md",
     "docs/adr/README.md",
@@ -190,3 +191,11 @@ def test_ci_runs_the_readmes_test_command_last() -> None:
     commands = [line for line in read(".ci/run").splitlines() if line.strip() and not line.startswith("#")]
     assert commands[-1] == "make test" and "make test " in read("README.md")
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_environments_name_those_that_there_are_and_cover_the_least_torch() -> None:
+    done = subprocess.run(["bash", ".ci/environments", "barest"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "barest; there are bare, bare-2.11 and built-2.11" in done.stderr
+    least = re.search(r'dependencies = \["torch>=([\d.]+)"\]', read("pyproject.toml"))
+    assert least is not None and f"torch={least[1]}.0 " in read(".ci/environments")
