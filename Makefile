@@ -25,6 +25,8 @@ NATIVE := $(shell find csrc -type f 2>/dev/null) $(wildcard CMakeLists.txt setup
 # How a triton that torch requires itself is told from one that must come from requirements/dev.txt.
 TORCH_HAS_TRITON := import sys, importlib.metadata as m; \
   sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
+# What holds the torch that is there: where it and a pin exclude each other, pip would take another torch, and say nothing.
+TORCH_AS_INSTALLED := import importlib.metadata as m; print("torch==" + m.version("torch"))
 MAJOR_MINOR := import sys; print("%d.%d" % sys.version_info[:2])
 
 .PHONY: help setup demo test coverage lint types docs docs-examples bench bench-each clean python-matches FORCE
@@ -98,7 +100,8 @@ $(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/torch
 	@echo "==> requirements/dev.txt"
 	@if $(BIN)/python -c '$(TORCH_HAS_TRITON)'; then grep -v '^triton' requirements/dev.txt; \
 	  else cat requirements/dev.txt; fi > $(STAMPS)/dev.txt
-	@$(PIP) install --quiet $(PIP_ARGS) -r $(STAMPS)/dev.txt
+	@$(BIN)/python -c '$(TORCH_AS_INSTALLED)' > $(STAMPS)/torch.txt
+	@$(PIP) install --quiet $(PIP_ARGS) -r $(STAMPS)/dev.txt -c $(STAMPS)/torch.txt
 	@touch $@
 
 # Needs no torch: the API's pages are read from the sources.
