@@ -136,6 +136,7 @@ def test_every_public_name_exists_and_is_documented() -> None:
     public = {name for name in vars(tf) if not name.startswith("_")}
     modules = {name for name in public if inspect.ismodule(getattr(tf, name))}
     assert public - modules <= set(tf.__all__)
+    assert {name for name in dir(tf) if not name.startswith("__")} == set(tf.__all__)  # what an editor completes
 
 
 def test_the_papers_part_is_loaded_at_its_first_use() -> None:
