@@ -77,7 +77,7 @@ def activation_action(Z: Tensor, g: Tensor, slope: Tensor) -> Tensor:
     """σ⁻¹(g σ(Z)), contiguous, of Z's type; see `ops.activation_action`.
 
     Z: (batch, h, B), any strides, float32, float64, float16 or bfloat16. g: (batch or 1, h, h) and slope: (h,), of the
-    accumulator's type. Errors: ValueError if they do not fit. Source: [NeurIPS22 eq. 8], math.md section 6.
+    accumulator's type. Errors: ValueError if they do not fit. Source: [NeurIPS22 eq. 8], docs/mathematics.md.
     """
     return _launch(Z, g, slope, False)
 

@@ -1,6 +1,6 @@
 """covariance_: C ← β C + (1 − β) Σ G Gᵀ / ‖G‖² over a joint's views; gradients are read once, norms stay on the device.
 
-Computes what math.md section 5 keeps per joint; ‖G‖² is over all heads of a view. Moves every gradient entry once, C in
+Computes what docs/mathematics.md keeps per joint; ‖G‖² is over all heads of a view. Moves every gradient entry once, C in
 and out once, and every view's Grams out and in (8% at most, kernels/gram.py, plus one h × h Gram per view and head).
 Launch: one program per (view, head, run of columns) makes Grams; a second launch, one program per (joint, head, entries
 of C), takes each view's norm from the traces and adds the weighted Grams in order. h > 128 goes to BLAS (the residual

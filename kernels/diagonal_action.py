@@ -81,7 +81,7 @@ def diagonal_action_(
 
     tensors: joint-major list of (heads, h, …) views, any strides, float32, float64, float16 or bfloat16.
     factors: (kinds, joints·heads, h). Views of the same memory move in the list's order, in launches of their own.
-    Errors: ValueError if a view does not fit the factors. Source: math.md sections 2 to 4.
+    Errors: ValueError if a view does not fit the factors. Source: docs/mathematics.md.
     """
     rows = factors.shape[1] // joints
     for tensor in tensors:

@@ -1,6 +1,6 @@
 """grad_norm_objective: J = tr(P⁻¹S₊) + tr(P S₋), P = gᵀg, of many candidates g in one launch, from the Grams.
 
-Computes Σ (k S₊) ⊙ k + Σ (g S₋) ⊙ g with k = g⁻ᵀ (math.md section 3): the gradient norm after the move by g, without
+Computes Σ (k S₊) ⊙ k + Σ (g S₋) ⊙ g with k = g⁻ᵀ (docs/mathematics.md): the gradient norm after the move by g, without
 moving anything. Reads the gradients once whatever the number of candidates (kernels/gram.py), then g, g⁻ᵀ and the two
 Grams once per candidate and head.
 Launch: one program per (candidate, head), h ≤ 64 (32 in float64); wider h goes to BLAS. For one candidate torch's two

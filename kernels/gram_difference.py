@@ -1,6 +1,6 @@
 """gram_difference: D = S₋ − S₊ and J = tr S₊ + tr S₋ of a bucket of joints, from one read of the gradients.
 
-Computes S± = Σ G±G±ᵀ over a joint's views (math.md section 3: the Lie-algebra gradient is 2D, J the gradient norm).
+Computes S± = Σ G±G±ᵀ over a joint's views (docs/mathematics.md: the Lie-algebra gradient is 2D, J the gradient norm).
 Moves every gradient entry once and D once; partial Grams add at most 8% (kernels/gram.py).
 Launch: one program per (joint, head, run of columns) keeps D in registers (kernels/gram.py has the kernel and its
 configurations); where columns were split, or h is no power of two, a second launch adds the partial sums in order.

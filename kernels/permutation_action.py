@@ -86,7 +86,7 @@ def permutation_action_(tensors: Sequence[Tensor], index: Tensor, joints: int = 
 
     tensors: joint-major list of (heads, h, …) views, any strides, float32, float64, float16 or bfloat16. index:
     (joints·heads, h) int64, each row a permutation. Views of the same memory move in the list's order, in launches of
-    their own. Errors: ValueError if a view does not fit the index. Source: math.md section 2.
+    their own. Errors: ValueError if a view does not fit the index. Source: docs/mathematics.md.
     """
     heads, h = index.shape[0] // joints, index.shape[1]
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""rotate_step_: turn the gradient, step in the turned basis, turn back and update, in one pass (math.md section 5).
+"""rotate_step_: turn the gradient, step in the turned basis, turn back and update, in one pass (docs/mathematics.md).
 
 Computes G' = L G, m ← β₁ m + (1 − β₁) G', v ← β₂ v + (1 − β₂) G'², U = m̂ / (√v̂ + eps) or sign m, A ← keep A − lr Lᵀ U.
 Moves 4 entries in and 3 out per parameter, what Adam alone moves; the matrix is read once per program up to h = 16, and above

@@ -1,6 +1,6 @@
 """square_sums: row sums of squares and of absolute values over many strided views, in one pass over all of them.
 
-Computes, for each joint, head and row, Σ x² and Σ |x| over the columns of the joint's views (math.md section 3).
+Computes, for each joint, head and row, Σ x² and Σ |x| over the columns of the joint's views (docs/mathematics.md).
 Moves every entry once; a program's partial sums, written and read again, add 0.2% (rows) to 4% (3×3 convolutions).
 Launch: one program per (view, head, block of rows, run of column tiles); a second, small launch adds the partial sums
 in the order of the views, so the bits depend on the shapes alone. Where nothing was split there is no second launch.

@@ -1,6 +1,6 @@
 """teleport_adamw_: a diagonal move and AdamW's step in one pass over parameters, gradients and both moments.
 
-Computes p ← (p + c) f − c, g ← g f', m ← m f', v ← v f'² by rows (math.md sections 3, 4), then AdamW's update of p, m, v;
+Computes p ← (p + c) f − c, g ← g f', m ← m f', v ← v f'² by rows (docs/mathematics.md), then AdamW's update of p, m, v;
 the gradient is only read. Moves 4 entries in and 3 out per parameter, what AdamW alone moves; teleporting apart would
 add 3 in and 3 out. Launch: one program per (entry, head, block of rows, run of column tiles), one grid per storage type.
 Loses to torch's fused AdamW where few, small tensors are all there is: building and moving the table costs more.

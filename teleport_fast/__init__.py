@@ -81,4 +81,5 @@ if not typing.TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    """The public names only: an editor's completion shows no module of the engine."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

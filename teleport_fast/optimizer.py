@@ -67,7 +67,7 @@ def attach(
     Errors: ValueError for an unknown objective, direction, frame or policy, a radius that is not positive, a joint
     whose parameter is not in the optimizer or does not fit; TypeError for what is no Optimizer, has no step hooks, evaluates its
     closure again (LBFGS), keeps weights of its own, or turns its own bases.
-    Source: [NeurIPS22] algorithm 1, [ICLR24] section 3, math.md section 5; tests/test_optimizer.py.
+    Source: [NeurIPS22] algorithm 1, [ICLR24] section 3, docs/mathematics.md; tests/test_optimizer.py.
 
     >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
     >>> import teleport_fast as tf

@@ -1,6 +1,6 @@
 """How far to move: closed forms on diagonals, monotone geodesic ascent and the matrix geometric mean on dense groups.
 
-The objective along a joint depends on P = gᵀg alone: J(P) = tr(P⁻¹S₊) + tr(P S₋) (math.md section 3). It is
+The objective along a joint depends on P = gᵀg alone: J(P) = tr(P⁻¹S₊) + tr(P S₋) (docs/mathematics.md). It is
 geodesically convex: along g = exp(tM), M symmetric, it is convex in t, so a step along its gradient never lowers it,
 and its minimum is the geometric mean P S₋ P = S₊. Everything here takes batched (heads, h, h) or (heads, h) tensors.
 """
@@ -114,7 +114,7 @@ def diagonal_extremum(a: Tensor, p: float, b: Tensor, q: float, radius: float, d
 
     J is convex: the maximum lies at an end, the minimum at t = ln(pa/(qb)) / (p + q) clipped to the ball. An entry
     whose a or b is zero has no minimum; it goes to the end of a finite ball and stays at 0 under an infinite one.
-    Source: math.md section 3 (p = q = 2: squared norm, p = q = 1: l1, ReLU² consumers: q = 2k); tests/test_search.py.
+    Source: docs/mathematics.md (p = q = 2: squared norm, p = q = 1: l1, ReLU² consumers: q = 2k); tests/test_search.py.
     """
     check_radius(radius, finite=not descend)
     if descend:

@@ -14,7 +14,7 @@ from teleport_fast.symmetry.bucket import COVECTOR, PARAMETER, SQUARE
 # RMSprop's momentum averages G/√v: of a diagonal only the signs are left in it, other elements move it as a gradient.
 NORMALISED = "normalised"
 
-# torch.optim's names. First moments are averages of gradients, second moments of their squares (math.md section 4).
+# torch.optim's names. First moments are averages of gradients, second moments of their squares (docs/mathematics.md).
 ROLES = {
     "exp_avg": COVECTOR,
     "momentum_buffer": COVECTOR,

@@ -89,6 +89,18 @@ class Teleporter:
         # last in, first out: of two teleporters the inner comes back first, and other hooks see weights that are back
         optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
 
+    def __repr__(self) -> str:
+        optimizer = self._optimizer()
+        around = f"around {type(optimizer).__name__}" if optimizer is not None and self._handles else "detached"
+        joints = sum(len(bucket.joints) for bucket in self.plan.buckets)
+        return (
+            f"Teleporter({around}, objective={self.objective.name!r}, schedule={self.schedule!r}, frame={self.frame!r}, "
+            f"{joints} of {len(self.symmetries)} joints)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Teleporter cannot be copied or pickled: it hangs on its optimizer's hooks; attach again, or save state_dict()")
+
     @property
     def optimizer(self) -> Optimizer:
         """The optimizer; ReferenceError once nobody else holds it."""

@@ -247,6 +247,19 @@ def test_a_teleport_is_not_copied_and_says_what_to_do_instead(gpt: GPT, symmetri
     assert copy.deepcopy(optimizer.base).state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
+def test_a_teleporter_is_not_copied_either_and_says_what_it_is(gpt: GPT, symmetries: tf.Symmetries) -> None:
+    optimizer = torch.optim.AdamW(gpt.named_parameters())
+    teleporter = tf.attach(optimizer, symmetries, "eigenbasis", tf.Every(1))
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled: .*; attach again, or save state_dict\(\)"):
+            attempt(teleporter)
+    joints = sum(len(bucket.joints) for bucket in teleporter.plan.buckets)
+    rest = f"objective='eigenbasis', schedule=Every(1), frame='stay', {joints} of {len(symmetries)} joints)"
+    assert repr(teleporter) == f"Teleporter(around AdamW, {rest}"
+    teleporter.detach()
+    assert repr(teleporter) == f"Teleporter(detached, {rest}"
+
+
 def test_detaching_leaves_the_plain_optimizer(gpt: GPT, symmetries: tf.Symmetries) -> None:
     other = copy.deepcopy(gpt)
     optimizer, plain = (torch.optim.AdamW(m.named_parameters(), lr=1e-3) for m in (gpt, other))

@@ -66,7 +66,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def preconditioned(joint: tf.Joint, g: Tensor, gradients: dict[str, Tensor], eta: float) -> dict[str, Tensor]:
-    """ΔA₊ = −η P⁻¹ G₊ and ΔA₋ = −η P G₋ with P = gᵀg (math.md section 5), all other tensors −η G."""
+    """ΔA₊ = −η P⁻¹ G₊ and ΔA₋ = −η P G₋ with P = gᵀg (docs/mathematics.md), all other tensors −η G."""
     steps = {name: -eta * gradient for name, gradient in gradients.items()}
     sides = [(view, -1) for view in joint.plus] + [(view, 1) for view in joint.minus]
     for view, sign in sides:

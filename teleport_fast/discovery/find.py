@@ -41,7 +41,7 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool |
     others where a call recorded on `meta` shows every operator between those who write a hidden space and those who read it.
     Errors: ValueError for another `verify`, when inputs cannot be guessed or the model has no parameters; TypeError when
     it is no Module.
-    Source: own derivation (math.md section 2); proofs in tests/discovery/test_find.py.
+    Source: own derivation (docs/mathematics.md); proofs in tests/discovery/test_find.py.
 
     >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
     >>> symmetries = find_symmetries(GPT(GPTConfig(d_model=16, layers=1, heads=2)))

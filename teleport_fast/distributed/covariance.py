@@ -69,7 +69,7 @@ class Covariances:
     ) -> None:
         """C ← β C + (1 − β) Σ G Gᵀ/‖G‖² for every bucket: one sum over ranks for all ‖G‖², one for all Σ G Gᵀ/‖G‖².
 
-        gradients: laid out as their parameters are. Source: math.md section 5; tests/distributed/checks_fsdp.py holds it to what
+        gradients: laid out as their parameters are. Source: docs/mathematics.md; tests/distributed/checks_fsdp.py holds it to what
         one process has.
         """
         if not serving:

@@ -171,7 +171,7 @@ def _check(fields: dict[str, Any]) -> None:
             raise ValueError(f"{key} must be in [0, 1), got {value}; pass a decay such as {example}")
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}; pass the number of steps between teleports")
-    if radius <= 0:
+    if not radius > 0:
         raise ValueError(f"radius must be positive, got {radius}; pass the largest distance of one move, such as 0.5")
 
 
@@ -182,7 +182,9 @@ def _try(arm: Arm) -> None:
         policy = settings.pop("second_moments", "keep")
         if policy not in SECOND_MOMENTS:
             raise ValueError(f"second_moments must be one of {', '.join(SECOND_MOMENTS)}, got {policy!r}; 'keep' is usual")
-        MAKERS[arm.objective](**settings)
+        directions = MAKERS[arm.objective](**settings).directions
+        if arm.direction is not None and arm.direction not in directions:
+            raise ValueError(f"direction must be one of {', '.join(directions)} for {arm.name}, got {arm.direction!r}; or leave it out")
     elif settings:
         base = BASES[arm.base]
         base.make([{"params": [("up.weight", nn.Parameter(torch.ones(2, 2)))]}], lr=base.rate, **{**base.options, **settings})
@@ -200,7 +202,7 @@ def make_optimizer(arm: Arm, model: nn.Module, rate: float, table_rate: float | 
     """
     base = BASES[arm.base]
     table_rate = table_rate or base.table_rate or rate
-    if rate <= 0 or table_rate <= 0:
+    if not (rate > 0 and table_rate > 0):
         raise ValueError(
             f"rate must be positive, got {min(rate, table_rate)}; pass a learning rate such as {base.rate}"
         )

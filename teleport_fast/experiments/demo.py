@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,12 @@ class Request:
     teleport_lr: float | None
     minutes: float | None
     command: str
+
+    def __post_init__(self) -> None:
+        """A number out of range is named before anything is trained, not by the arm whose turn comes minutes later."""
+        for name, value, example in (("lr", self.lr, 0.001), ("teleport_lr", self.teleport_lr, 0.003), ("minutes", self.minutes, 3)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}; for example {example}, or leave it out")
 
 
 def entries(request: Request) -> tuple[list[Entry], list[str]]:

@@ -46,7 +46,7 @@ class Setting:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}; pass a positive integer")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}; pass one of these names")
-        if self.table_rate is not None and self.table_rate <= 0:
+        if self.table_rate is not None and not 0 < self.table_rate < math.inf:
             raise ValueError(f"table_rate must be positive, got {self.table_rate}; pass a learning rate such as 0.01")
 
 

@@ -48,6 +48,8 @@ def from_factory(factory: str) -> tuple[nn.Module, Any]:
     Raises ValueError that says which part of the name does not work.
     """
     module_name, colon, function_name = factory.partition(":")
+    if not colon and "/" in factory:
+        raise ValueError(f"PATH must be a folder with config.json, got {factory!r}, which is none; check the path")
     if not colon or not module_name or not function_name:
         raise ValueError(
             f"factory must look like MODULE:FUNCTION, got {factory!r}; for example mymodel:build, or a folder with config.json"

@@ -19,7 +19,7 @@ class Balance(Objective):
     """The squared norm of the weights along the orbit; needs no gradient to decide, descends to the minimum by default.
 
     The gradient-norm formulas with the two sides exchanged: W₋ = A₋A₋ᵀ in the place of S₊, W₊ in that of S₋
-    (math.md section 3). The minimum is the geometric mean, exact in one move per joint.
+    (docs/mathematics.md). The minimum is the geometric mean, exact in one move per joint.
     """
 
     name = "balance"

@@ -21,7 +21,7 @@ LEAST_PART = 32
 
 
 class Eigenbasis(Objective):
-    """Exact rotational teleportation (math.md section 5, own): one warm step of orthogonal iteration at each refresh.
+    """Exact rotational teleportation (docs/mathematics.md, own): one warm step of orthogonal iteration at each refresh.
 
     Every step: C ← β C + (1 − β) Σ G Gᵀ/‖G‖² over a joint's matrices, in the present basis. At a refresh: Q R = qr(C)
     with diag R > 0, tensors go to the basis Q (g = Qᵀ), C ← Qᵀ C Q. Under a rotary embedding Q is the best angle of each

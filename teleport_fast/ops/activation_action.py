@@ -19,7 +19,7 @@ def activation_action(Z: Tensor, g: Tensor, negative_slope: float | Tensor) -> T
     is contiguous, in Z's dtype; products are summed in float32 (float64 for float64) and rounded once. Differentiable
     twice in Z, g and a tensor slope; 0 belongs to the positive side, σ'(0) = 1. Errors: TypeError for dtypes;
     ValueError naming both shapes, and for a slope that is not positive and finite, which has no σ⁻¹ (a tensor slope is
-    read for that on the CPU only: elsewhere it would wait for the device). Source: [NeurIPS22 eq. 8], math.md section 6.
+    read for that on the CPU only: elsewhere it would wait for the device). Source: [NeurIPS22 eq. 8], docs/mathematics.md.
 
     >>> activation_action(torch.tensor([[-2.0, 1.0]]), torch.tensor([[-3.0]]), 0.5)
     tensor([[ 3., -6.]])
@@ -32,8 +32,7 @@ def activation_action(Z: Tensor, g: Tensor, negative_slope: float | Tensor) -> T
 def activation_action_tangent(Z: Tensor, M: Tensor, negative_slope: float | Tensor) -> Tensor:
     """(M σ(Z)) / σ'(Z): how activation_action(Z, exp(t M), negative_slope) sets out at t = 0.
 
-    Arguments, result, derivatives and errors as for `activation_action`, M: (h, h) or (batch, h, h). Source: math.md
-    section 6.
+    Arguments, result, derivatives and errors as for `activation_action`, M: (h, h) or (batch, h, h). Source: docs/mathematics.md.
 
     >>> activation_action_tangent(torch.tensor([[-2.0, 1.0]]), torch.tensor([[3.0]]), 0.5)
     tensor([[-6.,  3.]])

@@ -25,7 +25,7 @@ def covariance_(
     ‖G‖² is taken over a whole view; with normalise="joint" over all views of a joint, with "none" it is left out. A view
     (or joint) whose gradient is zero or not finite adds nothing; nothing is read back. Records no gradients.
     Errors: TypeError and ValueError naming both shapes, ValueError for an unknown normalise; RuntimeError if the backend
-    asked for cannot be used. Source: math.md section 5 (own), checked by tests/ops/test_covariance.py.
+    asked for cannot be used. Source: docs/mathematics.md (own), checked by tests/ops/test_covariance.py.
 
     >>> C = torch.zeros(1, 2, 2)
     >>> covariance_(C, torch.tensor([[[3.0], [4.0]]]), decay=0.5)

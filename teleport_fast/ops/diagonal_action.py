@@ -28,7 +28,7 @@ def diagonal_action_(
     ∓2, all times the view's power; c is 1 for gains stored as 1 + w. The factor is rounded to float32 (float64
     for float64), and the product is rounded once. Views of the same memory move in the list's order.
     Errors: TypeError and ValueError naming both shapes; ValueError for a view whose own entries overlap; RuntimeError if
-    gradients are being recorded for a tensor. Source: math.md sections 2 to 4.
+    gradients are being recorded for a tensor. Source: docs/mathematics.md.
 
     >>> A = torch.ones(1, 2, 2)
     >>> diagonal_action_([A, A], torch.tensor([[2.0, 4.0]]), [1.0, -0.5])

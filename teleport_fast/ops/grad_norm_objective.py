@@ -22,7 +22,7 @@ def grad_norm_objective(
     g: (joints·heads, h, h), or (candidates, joints·heads, h, h) for a line search, which shares the Grams; a singular g
     gives inf. Returns J (joints·heads,) or (candidates, joints·heads): float64 for float64 tensors, float32 otherwise.
     Differentiable twice in all three. Errors: TypeError and ValueError naming both shapes; RuntimeError if the backend
-    asked for cannot be used. Source: math.md section 3 (own), checked by tests/ops/test_grad_norm_objective.py.
+    asked for cannot be used. Source: docs/mathematics.md (own), checked by tests/ops/test_grad_norm_objective.py.
 
     >>> grad_norm_objective(torch.tensor([[[4.0]]]), torch.tensor([[[3.0]]]), torch.tensor([[[2.0]]]))
     tensor([40.])

@@ -19,7 +19,7 @@ def group_action(A_plus: Tensor, A_minus: Tensor, g: Tensor) -> tuple[Tensor, Te
     A_plus, A_minus: (heads, h, n) or (heads, h, outer, inner), any strides, float32, float64, bfloat16 or float16;
     g (heads, h, h), invertible. Results are contiguous, in the dtypes of A_plus and A_minus. Differentiable twice in
     all three. Errors: TypeError and ValueError naming both shapes; torch.linalg.LinAlgError for a singular
-    g on the CPU (elsewhere its A₋ is NaN, nothing is waited for). Source: math.md section 2.
+    g on the CPU (elsewhere its A₋ is NaN, nothing is waited for). Source: docs/mathematics.md.
 
     >>> group_action(torch.ones(1, 1, 2), torch.ones(1, 1, 1), torch.tensor([[[2.0]]]))
     (tensor([[[2., 2.]]]), tensor([[[0.5000]]]))
@@ -46,7 +46,7 @@ def group_action_(
     g_inverse_t: the same, where it is known already. Parameters and contragredient gradients or momenta go into
     opposite lists, so that one call moves everything. Views of the same memory move in the order plus, minus.
     Errors: TypeError and ValueError naming both shapes; ValueError for a view whose own entries overlap;
-    RuntimeError if gradients are being recorded for a tensor. Source: math.md sections 2 and 3.
+    RuntimeError if gradients are being recorded for a tensor. Source: docs/mathematics.md.
 
     >>> A = torch.ones(1, 1, 2)
     >>> group_action_(A, [], torch.tensor([[[2.0]]]))

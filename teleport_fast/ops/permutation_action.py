@@ -20,7 +20,7 @@ def permutation_action_(tensors: Tensor | Sequence[Tensor], index: Tensor, joint
     float64, bfloat16 or float16; parameters, gradients and moments of both sides move alike. index: int64
     (joints·heads, h), each row a permutation of 0 … h − 1. Views of the same memory move in the list's order.
     Errors: TypeError and ValueError naming both shapes; ValueError for a view whose own entries overlap, and on the CPU
-    for an index that is no permutation; RuntimeError if gradients are being recorded. Source: math.md section 2.
+    for an index that is no permutation; RuntimeError if gradients are being recorded. Source: docs/mathematics.md.
 
     >>> A = torch.tensor([[[1.0], [2.0], [3.0]]])
     >>> permutation_action_(A, torch.tensor([[2, 0, 1]]))

@@ -46,7 +46,7 @@ def rotate_step_(
     nesterov: U is made of β₁ m + (1 − β₁) G' in m's place, corrected by 1 − β₁^(step + 1): but for that NAdam (Dozat, 2016).
     `step` counts this step, from 1. Gradients and bases are read only. No two views may share an entry. That the bases are
     orthogonal is not checked. Errors: TypeError and ValueError naming argument and value; RuntimeError if gradients are
-    being recorded. Source: math.md section 5, arXiv 2602.09006; checked by tests/ops/test_rotate_step.py.
+    being recorded. Source: docs/mathematics.md, arXiv 2602.09006; checked by tests/ops/test_rotate_step.py.
 
     >>> p, g, m, v = (torch.tensor([[[x], [0.0]]]) for x in (1.0, 3.0, 0.0, 0.0))
     >>> swap = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])

@@ -19,7 +19,7 @@ def square_sums(tensors: Sequence[Tensor], joints: int = 1) -> tuple[Tensor, Ten
     or float16; the first len/joints belong to joint 0. Returns (squares, l1), each (joints·heads, h): float64 for float64,
     float32 otherwise. Differentiable twice in every tensor (|x| has the slope 0 at 0). Errors: TypeError and ValueError
     naming both shapes; ValueError if the list does not divide into `joints` equal runs; RuntimeError if the backend asked
-    for cannot be used. Source: math.md section 3 (a, b, α, β).
+    for cannot be used. Source: docs/mathematics.md (a, b, α, β).
 
     >>> square_sums([torch.tensor([[[1.0, -2.0], [3.0, 0.0]]])])
     (tensor([[5., 9.]]), tensor([[3., 3.]]))

@@ -39,7 +39,7 @@ def teleport_adamw_(
     m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g², p ← p − lr / (1 − β₁^step) · m / (√(v / (1 − β₂^step)) + eps).
     `step` counts this step, from 1. Gradients are read only: zero them afterwards, or move them by `diagonal_action_`.
     No two views may share an entry. Errors: TypeError and ValueError naming both shapes; RuntimeError if gradients are
-    being recorded. Source: math.md sections 3 and 4, torch.optim.AdamW; checked by tests/ops/test_teleport_adamw.py.
+    being recorded. Source: docs/mathematics.md, torch.optim.AdamW; checked by tests/ops/test_teleport_adamw.py.
 
     >>> p, g, m, v = (torch.full((1, 1, 1), x) for x in (1.0, 3.0, 0.0, 0.0))
     >>> teleport_adamw_(p, g, m, v, torch.tensor([[2.0]]), step=1, lr=0.5, weight_decay=0.0)

@@ -122,8 +122,8 @@ class AdamW(torch.optim.AdamW):
     objective, schedule, radius, direction, second_moments, on_teleport, seed, max_norm, max_condition: those of `attach`, in the frame "stay".
     Fused are diagonal moves of parameters that a joint holds whole and that no other joint moves after; gradients of
     these stay as backward left them. `.teleporter` is the engine. state_dict is torch.optim.AdamW's, both ways. Copies
-    would teleport no more and are refused. Errors: those of torch.optim.AdamW and `attach`. Source: math.md sections 3
-    and 4; checked against `attach` by tests/optim/test_adamw.py.
+    would teleport no more and are refused. Errors: those of torch.optim.AdamW and `attach`. Source: docs/mathematics.md;
+    checked against `attach` by tests/optim/test_adamw.py.
 
     >>> from teleport_fast.experiments.gpt import GPT, GPTConfig
     >>> import teleport_fast as tf

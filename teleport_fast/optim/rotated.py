@@ -52,7 +52,7 @@ class Rotated(Optimizer):
     skip_nonfinite: a step with a non-finite gradient is skipped, for one number read back.
     State of a matrix: step, exp_avg and (base "adam") exp_avg_sq in the turned basis; of the first matrix of a basis:
     rows_basis, rows_covariance (heads, h, h), rows_age, and the same for columns. `table()` and `memory()` say it all.
-    Errors: ValueError for values out of range, TypeError for sparse gradients. Source: math.md section 5, ARO
+    Errors: ValueError for values out of range, TypeError for sparse gradients. Source: docs/mathematics.md, ARO
     arXiv 2602.09006, SOAP arXiv 2409.11321; checked by tests/optim/test_rotated.py.
 
     >>> optimizer = Rotated([("up.weight", torch.nn.Parameter(torch.ones(8, 4)))], lr=0.006)

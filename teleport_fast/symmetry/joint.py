@@ -11,7 +11,7 @@ from teleport_fast.symmetry.groups import Group
 from teleport_fast.symmetry.view import View
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Joint:
     """`heads` equal hidden spaces of `width` units that `plus` views write and `minus` views read.
 
@@ -46,6 +46,10 @@ class Joint:
         if not self.plus and not self.minus:
             raise ValueError(f"joint {self.name!r} has no views; name at least one parameter")
 
+    def __repr__(self) -> str:
+        sides = f"plus={_shown(self.plus)}, minus={_shown(self.minus)}"
+        return f"Joint({self.name!r}, kind={self.kind!r}, group={self.group}, heads={self.heads}, {sides})"
+
     @property
     def dim(self) -> int:
         """Continuous symmetric dimensions, all heads."""
@@ -75,3 +79,10 @@ class Joint:
                 view.of(tensors[view.parameter])
             except ValueError as error:
                 raise ValueError(f"joint {self.name!r}: {error}") from None
+
+
+def _shown(side: tuple[View, ...]) -> str:
+    """A side in one line: four parameters, and how many more there are."""
+    names = list(dict.fromkeys(view.parameter for view in side))
+    more = [f"{len(names) - 4} more"] if len(names) > 4 else []
+    return f"[{', '.join([*names[:4], *more])}]"

@@ -28,7 +28,7 @@ class Finding:
     deviation: float | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Symmetries:
     """An iterable of joints, found and proven on one model; joints are looked up by name.
 
@@ -55,6 +55,9 @@ class Symmetries:
 
     def __len__(self) -> int:
         return len(self.joints)
+
+    def __repr__(self) -> str:
+        return f"Symmetries({len(self)} joints, {self.dim} continuous dimensions)"
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -124,11 +127,13 @@ class Symmetries:
         """Move the model's parameters along the named joints, in place, in the order given.
 
         elements: {joint name: g}; g (heads, h, h) for dense groups, (heads, h) for diagonals, (heads, h) int64 for
-        permutations; cast to each parameter's dtype. A₊ → g A₊, A₋ → g⁻ᵀ A₋ (math.md section 2). Of a sharded model every
+        permutations; cast to each parameter's dtype. A₊ → g A₊, A₋ → g⁻ᵀ A₋ (docs/mathematics.md). Of a sharded model every
         rank must call this, with the same elements.
-        Errors: KeyError for an unknown joint, ValueError for an element that is not in the group or has a wrong shape;
-        all elements are checked before anything moves.
+        Errors: TypeError for elements that are no mapping, KeyError for an unknown joint, ValueError for an element that is not
+        in the group or has a wrong shape; all elements are checked before anything moves.
         """
+        if not isinstance(elements, Mapping):
+            raise TypeError(f"elements must be a dict {{joint name: g}}, got {type(elements).__name__}; symmetries.random() gives one")
         tensors = {**dict(model.named_buffers()), **named_tensors(model)}
         shapes, moves = described(tensors), []
         for name, g in elements.items():

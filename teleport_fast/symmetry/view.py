@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class View:
     """How one parameter shows a joint of `heads` heads and `width` units.
 
@@ -53,6 +53,14 @@ class View:
             object.__setattr__(self, "repeat_stride", self.width)
         if self.head_stride < 0:
             object.__setattr__(self, "head_stride", self.width * self.repeats if self.head_axis is None else self.head_size)
+
+    def __repr__(self) -> str:
+        """As it is written by hand: what is as usual is left out."""
+        usual = {one.name: one.default for one in fields(self)}
+        usual["repeat_stride"] = self.width
+        usual["head_stride"] = self.width * self.repeats if self.head_axis is None else self.head_size
+        given = ((one.name, getattr(self, one.name)) for one in fields(self))
+        return f"View({', '.join(f'{name}={value!r}' for name, value in given if value != usual[name])})"
 
     @property
     def extent(self) -> int:

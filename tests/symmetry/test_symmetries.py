@@ -245,3 +245,14 @@ def test_explain_marks_what_nobody_proved() -> None:
     assert "by hand  up-down  diagonal(3)  1      3    unproven   found" in text
     assert "skipped: no builder knows its role" in text
     assert "0 joints, 0 continuous dimensions" in Symmetries(()).explain()
+
+
+def test_shown_in_one_line_however_many_parameters_there_are(trial: Trial) -> None:
+    assert repr(trial.symmetries) == f"Symmetries({len(trial.symmetries)} joints, {trial.symmetries.dim} continuous dimensions)"
+    wide = Joint("wide", "residual", Diagonal(3), 1, 3, tuple(View(f"w{i}", 0, 1, 3) for i in range(6)), (View("down", 1, 1, 3),))
+    assert repr(wide) == "Joint('wide', kind='residual', group=diagonal(3), heads=1, plus=[w0, w1, w2, w3, 2 more], minus=[down])"
+
+
+def test_elements_that_are_no_mapping_are_refused(trial: Trial) -> None:
+    with pytest.raises(TypeError, match=r"elements must be a dict .*, got list; symmetries.random\(\) gives one"):
+        trial.symmetries.apply_(trial.model, [torch.eye(2)])  # type: ignore[arg-type]

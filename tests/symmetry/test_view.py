@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,3 +182,9 @@ def test_heads_on_an_axis_of_their_own() -> None:
 def test_heads_that_do_not_lie_there_are_refused(axis: int, heads: int) -> None:
     with pytest.raises(ValueError, match="view of 'experts': "):
         View("experts", 1, heads, 3, head_axis=axis).of(torch.zeros(2, 6, 5))
+
+
+@pytest.mark.parametrize("view", [view for _, view in LAYOUTS.values()], ids=LAYOUTS)
+def test_a_view_is_shown_as_it_is_written_and_read_back_the_same(view: View) -> None:
+    assert eval(repr(view)) == view
+    assert "power" not in repr(view) and "power=2" in repr(replace(view, power=2))
