@@ -41,10 +41,11 @@ from record import write, write_page
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ["teleport_fast/symmetry/*.py", "teleport_fast/search.py", "teleport_fast/searching.py", "teleport_fast/teleporter.py"]
 # What runs in the process and reaches these modules; other tests start processes or take long, and would kill little more.
-TESTS = ["symmetry", "objectives", "discovery", "optim", "test_search.py", "test_teleporter.py", "test_optimizer.py", "test_state.py"]
-TESTS += ["test_schedule.py", "test_atomic.py", "test_errors.py", "test_bad_input.py", "test_frames.py", "test_tracked.py", "test_scaled.py"]
-TESTS += ["test_history.py", "test_plan.py", "test_bases.py", "test_checkpoint.py", "test_canonical.py", "test_conditions.py"]
-TESTS += ["test_interrupted_steps.py", "test_random_sequences.py", "test_soundness.py", "test_public_api.py", "test_docs_examples.py"]
+TESTS = ["symmetry", "objectives", "discovery", "optim", "test_search.py", "test_searching.py", "test_teleporter.py", "test_optimizer.py"]
+TESTS += ["test_state.py", "test_schedule.py", "test_atomic.py", "test_errors.py", "test_bad_input.py", "test_frames.py", "test_tracked.py"]
+TESTS += ["test_scaled.py", "test_history.py", "test_plan.py", "test_bases.py", "test_checkpoint.py", "test_canonical.py"]
+TESTS += ["test_conditions.py", "test_interrupted_steps.py", "test_random_sequences.py", "test_soundness.py", "test_public_api.py"]
+TESTS += ["test_docs_examples.py"]
 LEFT_OUT = ("test_importing_on_top_of_torch", "test_the_papers_part_is_loaded")
 BUILD = ROOT / "build" / "mutation"
 RECORD, PAGE = ROOT / "docs/evidence/mutation.json", ROOT / "docs/evidence/mutation.md"

@@ -25,7 +25,7 @@ def test_a_rotation_has_one_and_a_stretched_one_has_its_stretch() -> None:
 
 
 def test_diagonals_permutations_and_sides() -> None:
-    diagonal = Element("diagonal", torch.tensor([[1.0, -4.0, 2.0], [1.0, 1.0, 3.0]]))
+    diagonal = Element("diagonal", torch.tensor([[1.0, -4.0, 2.0], [9.0, 9.0, 27.0]]))
     assert float(diagonal.condition()) == 4
     assert float(Element("permutation", torch.tensor([[1, 0]])).condition()) == 1
     assert float(Split(diagonal, Element("diagonal", torch.tensor([[7.0, 1.0]]))).condition()) == 7
