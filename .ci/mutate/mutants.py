@@ -1,7 +1,7 @@
 """The mutants of a source file: mutmut's operators on every expression and statement that can matter, one change each.
 
-Not generated, since no test should hold them: annotations, docstrings, imports, decorators, asserts (they narrow types),
-aliases of types, `__all__`, what stands under TYPE_CHECKING, and the wording of errors and warnings.
+Not generated, since no test should hold them: annotations, docstrings, imports, decorators and dataclasses' `field`, asserts (they
+narrow types), aliases of types, `__all__`, what stands under TYPE_CHECKING, and the wording of errors and warnings.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Finder(cst.CSTVisitor):
         self.found: list[tuple[cst.CSTNode, list[cst.CSTNode], list[cst.CSTNode]]] = []
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        if isinstance(node, SKIPPED) or self._is_told(node):
+        if isinstance(node, SKIPPED) or self._is_told(node) or (isinstance(node, cst.Call) and _name(node.func) == "field"):
             return False
         new = [change for kind, operator in mutation_operators if isinstance(node, kind) for change in operator(node)]
         if new:
