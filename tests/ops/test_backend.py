@@ -91,6 +91,51 @@ def test_a_backend_that_was_asked_for_and_cannot_is_an_error_and_under_auto_it_i
             op.choose(tensors, size=2)
 
 
+def test_cuda_says_what_it_waits_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "availability", lambda name: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert module._cuda() == "torch was built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module._cuda() == "torch sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert module._cuda().startswith("_ops_cuda.so is not built; ")
+    (tmp_path / "_ops_cuda.so").write_text("no library")
+    assert module._cuda().startswith("_ops_cuda.so does not load: ")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    assert module._cuda() is True  # the instruction set is asked of _ops.so alone
+    monkeypatch.setattr(module, "availability", lambda name: "_ops.so is not built")
+    assert module._cuda() == "_ops.so is not built"
+
+
+def test_triton_says_what_it_waits_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert module._triton() == "triton is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert module._triton() == "torch sees no GPU"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert module._triton() is True
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    assert module._triton() == "this version has no Triton kernels"
+
+
+def test_a_backend_that_is_missing_cannot_be_used_and_says_why(monkeypatch):
+    monkeypatch.setattr(module, "availability", lambda name: f"{name} is away")
+    op = Op("gram_difference", plain)
+    assert op.can_use("reference", "cpu", FLOAT) is True and op.can_use("cuda", "cuda", FLOAT) == "cuda is away"
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot compute gram_difference: triton is away; use set_backend"):
+        op._choose_uncached("triton", "cpu", FLOAT, 2)
+
+
+@pytest.mark.skipif(availability("triton") is not True, reason=str(availability("triton")))
+def test_a_triton_kernel_is_found_by_the_ops_name():
+    assert Op("gram_difference", plain)._kernel("triton").__module__ == "teleport_fast.kernels.gram_difference"
+    assert Op("an_op_without_kernels", plain)._kernel("triton") is None
+
+
 def test_cpp_does_not_take_tensors_of_another_device():
     if availability("cpp") is not True:
         pytest.skip(str(availability("cpp")))
@@ -194,6 +239,7 @@ def test_direct_calls_are_for_plain_tensors_that_nobody_watches():
         assert direct([w])
     with torch.autograd.forward_ad.dual_level():
         assert not direct([A])
+    assert not direct([A.as_subclass(type("Wrapped", (torch.Tensor,), {}))])
     with torch._subclasses.FakeTensorMode() as mode:
         assert not direct([mode.from_tensor(A)])
     assert torch.func.vmap(lambda t: t * direct([t]))(A).sum() == 0
