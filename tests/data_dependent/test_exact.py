@@ -166,3 +166,11 @@ def test_bad_elements_labels_and_activations_are_refused() -> None:
     with pytest.raises(ValueError, match="ReLU has no known inverse"):
         MLPAction.from_sequential(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)), torch.ones(2, 3))
     assert leaky_relu(0.3).name == "leaky_relu(0.3)"
+
+
+def test_a_move_without_a_loss_says_nothing_of_its_change() -> None:
+    action = MLPAction(*network((7, 5, 3), 4))
+    action.apply(elements(action.widths))
+    assert action.report is not None and action.report.loss_change is None
+    with pytest.raises(ValueError, match="inverse must be 'exact' or 'first_order', got 'newton'"):
+        action.apply(elements(action.widths), inverse="newton")
