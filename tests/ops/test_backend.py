@@ -91,6 +91,14 @@ def test_a_backend_that_was_asked_for_and_cannot_is_an_error_and_under_auto_it_i
             op.choose(tensors, size=2)
 
 
+def test_a_library_that_does_not_load_says_why_in_the_loaders_words(tmp_path: Path):
+    library = tmp_path / "_ops_cuda.so"
+    library.write_bytes(b"no library")
+    reason = module._load(library)
+    assert isinstance(reason, str) and reason.startswith("_ops_cuda.so does not load: ")
+    assert "Could not load this library" not in reason and "file too short" in reason and "pip install" in reason
+
+
 def test_cpp_does_not_take_tensors_of_another_device():
     if availability("cpp") is not True:
         pytest.skip(str(availability("cpp")))
