@@ -6,6 +6,7 @@ VENV ?= .venv
 OUT ?= runs/demo
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= -n logical --maxprocesses=4 --dist=loadfile
 BENCH_ARGS ?= --compare
 
 SHELL := /bin/sh
@@ -24,13 +25,15 @@ NATIVE := $(shell find csrc -type f 2>/dev/null) $(wildcard CMakeLists.txt setup
 # How a triton that torch requires itself is told from one that must come from requirements/dev.txt.
 TORCH_HAS_TRITON := import sys, importlib.metadata as m; \
   sys.exit(not any(r.startswith("triton") for r in m.requires("torch") or ()))
+# What holds the torch that is there: where it and a pin exclude each other, pip would take another torch, and say nothing.
+TORCH_AS_INSTALLED := import importlib.metadata as m; print("torch==" + m.version("torch"))
 MAJOR_MINOR := import sys; print("%d.%d" % sys.version_info[:2])
 
-.PHONY: help setup demo test lint types docs docs-examples bench bench-each clean python-matches FORCE
+.PHONY: help setup demo test coverage lint types docs docs-examples bench bench-each clean python-matches FORCE
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "  PYTHON=$(PYTHON)  TORCH=$(TORCH)  PIP_ARGS=$(PIP_ARGS)  VENV=$(VENV)  PYTEST_ARGS=$(PYTEST_ARGS)  BENCH_ARGS=$(BENCH_ARGS)"
+	@echo "  PYTHON=$(PYTHON)  TORCH=$(TORCH)  PIP_ARGS=$(PIP_ARGS)  VENV=$(VENV)  WORKERS=$(WORKERS)  PYTEST_ARGS=$(PYTEST_ARGS)  BENCH_ARGS=$(BENCH_ARGS)"
 
 setup: $(STAMPS)/built  ## create .venv, install what is pinned, build the extension
 
@@ -38,7 +41,10 @@ demo: setup  ## train a small GPT with and without teleportation
 	@$(BIN)/python -m teleport_fast train --out $(OUT) $(DEMO_ARGS)
 
 test: setup  ## run every test, the documentation's examples included
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest $(WORKERS) $(PYTEST_ARGS)
+
+coverage: setup  ## run every test and say which lines and branches of teleport_fast/ none of them took
+	@$(BIN)/pytest $(WORKERS) --cov --cov-report=term --cov-report=html $(PYTEST_ARGS)
 
 lint: setup  ## ruff
 	@$(BIN)/ruff check .
@@ -94,7 +100,8 @@ $(STAMPS)/requirements: requirements/dev.txt $(STAMPS)/torch
 	@echo "==> requirements/dev.txt"
 	@if $(BIN)/python -c '$(TORCH_HAS_TRITON)'; then grep -v '^triton' requirements/dev.txt; \
 	  else cat requirements/dev.txt; fi > $(STAMPS)/dev.txt
-	@$(PIP) install --quiet $(PIP_ARGS) -r $(STAMPS)/dev.txt
+	@$(BIN)/python -c '$(TORCH_AS_INSTALLED)' > $(STAMPS)/torch.txt
+	@$(PIP) install --quiet $(PIP_ARGS) -r $(STAMPS)/dev.txt -c $(STAMPS)/torch.txt
 	@touch $@
 
 # Needs no torch: the API's pages are read from the sources.

@@ -1,4 +1,4 @@
-"""What every test stands on: two threads, one seed; without a GPU, Triton's interpreter, and `gpu` tests skipped."""
+"""What every test stands on: one seed, two threads (one where workers share the cores), Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 # Read once, when torch (OpenMP) and triton are first imported: so before both.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_seed_and_settings() -> None:
-    """Every test starts from seed 0, float32 and two threads, whatever ran before it."""
+    """Every test starts from seed 0, float32 and the same number of threads, whatever ran before it."""
     random.seed(0)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)

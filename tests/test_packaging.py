@@ -35,6 +35,7 @@ PUBLIC_FILES = [
     ".pre-commit-config.yaml",
     ".github/pull_request_template.md",
     ".ci/run",
+    ".ci/environments",
     ".gitignore",
     "docs/mathematics.md",
     "docs/adr/README.md",
@@ -135,6 +136,22 @@ def test_pinned_versions_satisfy_the_published_extras() -> None:
     assert "pytest" in bounds and all(SpecifierSet(str(bounds[name])).contains(pinned[name]) for name in bounds)
 
 
+def clashes(of: list[str], pinned: list[Requirement]) -> list[str]:
+    """Those requirements that a pin breaks. Triton's pin is left out by the Makefile where torch names a triton itself."""
+    versions = {r.name: str(r.specifier).removeprefix("==") for r in pinned if r.marker is None or r.marker.evaluate()}
+    asked = [r for r in map(Requirement, of) if r.marker is None or r.marker.evaluate({"extra": ""})]
+    asked = [r for r in asked if r.name in versions.keys() - {"triton"}]
+    return [str(r) for r in asked if not r.specifier.contains(versions[r.name])]
+
+
+def test_pinned_versions_are_such_as_every_supported_torch_allows() -> None:
+    pinned = requirements()
+    assert clashes(importlib.metadata.requires("torch") or [], pinned) == []
+    # setuptools of torch 2.11.0, and of 2.13.0 and 2.14.1: a pin that breaks one of them has pip take another torch
+    assert clashes(["setuptools<82", "setuptools>=77.0.3"], pinned) == []
+    assert clashes(["setuptools<81", "triton==3.6.0"], pinned) == ["setuptools<81"]
+
+
 def test_a_typed_marker_and_only_package_code_are_shipped() -> None:
     config = read("pyproject.toml")
     assert '"py.typed"' in config and 'include = ["teleport_fast*"]' in config
@@ -164,9 +181,21 @@ def test_make_variables_choose_the_interpreter_torch_and_pips_arguments() -> Non
     assert "python3.12 -m venv" in done
     assert re.search(r"install --no-index 'torch==2\.11\.0'", done)
     assert "--no-build-isolation --no-deps -e ." in done
+    # the requirements may not bring another torch than the one asked for
+    (install,) = [line for line in done.splitlines() if "install" in line and "/dev.txt" in line]
+    (held,) = re.findall(r" -c (\S+)", install)
+    assert re.search(rf"m\.version\(\"torch\"\)\)' > {re.escape(held)}", done)
 
 
 def test_ci_runs_the_readmes_test_command_last() -> None:
     commands = [line for line in read(".ci/run").splitlines() if line.strip() and not line.startswith("#")]
     assert commands[-1] == "make test" and "make test " in read("README.md")
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_environments_name_those_that_there_are_and_cover_the_least_torch() -> None:
+    done = subprocess.run(["bash", ".ci/environments", "barest"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "barest; there are bare, bare-2.11 and built-2.11" in done.stderr
+    least = re.search(r'dependencies = \["torch>=([\d.]+)"\]', read("pyproject.toml"))
+    assert least is not None and f"torch={least[1]}.0 " in read(".ci/environments")

@@ -158,7 +158,7 @@ print(json.dumps([time.process_time() - start, sorted({name.split(".")[0] for na
 
 
 def test_importing_on_top_of_torch_is_quick_and_brings_nothing_optional(tmp_path: Path) -> None:
-    """0.3 s of processor time, the least of four runs: the first compiles, and a busy core slows any of them."""
+    """0.3 s of processor time in one of four runs: the first compiles, and a busy core slows any of them."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     runs = []
@@ -168,5 +168,7 @@ def test_importing_on_top_of_torch_is_quick_and_brings_nothing_optional(tmp_path
         )
         seconds, arrived = json.loads(output.stdout)
         runs.append(seconds)
+        if seconds < 0.3:
+            break
     assert min(runs) < 0.3, runs
     assert {name for name in arrived if name not in sys.stdlib_module_names} <= {"teleport_fast", "torch"}
