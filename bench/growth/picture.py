@@ -30,6 +30,8 @@ def draw(run: dict[str, Any], path: Path) -> None:
         for axis in (axes[0][place], axes[1][place]):
             axis.set_xscale("log")
             axis.set_yscale("log")
+            axis.set_xticks(xs, [f"{x / 1e6:.3g}M" if sweep == "parameters" else str(x) for x in xs])
+            axis.minorticks_off()
             axis.legend(fontsize="x-small")
         axes[1][place].set_xlabel(sweep)
     axes[0][0].set_ylabel("time over the sweep's first")
