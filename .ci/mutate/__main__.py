@@ -1,15 +1,14 @@
 """Mutation score: every mutant of a module is run against the tests that reach it, in a fork of one process.
 
     .venv/bin/python -m pip install -r requirements/mutation.txt
-    .venv/bin/python .ci/mutate [--jobs 2] [--only PATTERN] [--minutes 60] [--survivors]
+    .venv/bin/python .ci/mutate [--jobs 2] [--minutes 60] [--again PATTERN]
 
 torch is imported and the tests are collected once. A first fork runs all tests under coverage, which says which tests reach a line
 and how long each takes; what fails without a mutant is left out. Then each mutant has a fork, in which the code of the mutated
 function is exchanged and the tests that reach it run, quickest first, until one fails. Mutants come in a random order (seed 0), so
-that a run cut off by --minutes is a sample of all; the next one goes on from there, as long as build/mutation is kept. --survivors
-runs the survivors of the record again, with every test that reaches them. Counts and survivors go to docs/evidence/mutation.json,
-where the judgement beside a survivor is written by hand and kept, and from there into the tables of docs/evidence/mutation.md;
---page does this last step alone.
+that a run cut off by --minutes is a sample of all; the next one goes on from there, as long as build/mutation is kept. --again
+runs survivors once more. Counts and survivors go to docs/evidence/mutation.json, where the judgement beside a survivor is written
+by hand and kept, and from there into the tables of docs/evidence/mutation.md; --page does this last step alone.
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ class Run:
         log = BUILD / "outcomes.jsonl"
         outcomes = {o["id"]: o for o in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
         survivors = {m for m, o in outcomes.items() if o["how"] == "survived"}
-        wanted = [m for m in every if (m.id in survivors if self.options.survivors else m.id not in outcomes)]
-        wanted = [m for m in wanted if re.search(self.options.only, f"{m.path}:{m.function}:{m.id}")]
+        again = [m for m in every if m.id in survivors and self.options.again and re.search(self.options.again, m.path)]
+        wanted = [*again, *(m for m in every if m.id not in outcomes)]
         print(f"{len(every)} mutants, {len(wanted)} to run", flush=True)
         with log.open("a") as stream:
             for number, (mutant, outcome) in enumerate(self._all(wanted), 1):
@@ -113,8 +112,8 @@ class Run:
                 yield mutant, {"id": mutant.id, **outcome, "tests": len(tests)}
 
     def _affordable(self, tests: list[int]) -> list[int]:
-        """As many as the time for one mutant holds; all of them for a survivor."""
-        chosen, left = [], float("inf") if self.options.survivors else self.options.seconds
+        """As many as the time for one mutant holds."""
+        chosen, left = [], self.options.seconds
         for number in tests:
             left -= self.reach.seconds[number]
             if left < 0:
@@ -138,11 +137,10 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--only", default="", help="a pattern of file:function:id")
+    parser.add_argument("--again", default="", help="a pattern of files whose survivors are run once more, before all others")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no mutant is begun after that")
     parser.add_argument("--seconds", type=float, default=8.0, help="of tests for one mutant")
-    parser.add_argument("--survivors", action="store_true")
-    parser.add_argument("--page", action="store_true")
+    parser.add_argument("--page", action="store_true", help="only write the page from the record")
     options = parser.parse_args()
     if not options.page:
         BUILD.mkdir(parents=True, exist_ok=True)

@@ -81,7 +81,7 @@ def mutants(root: Path, path: str) -> list[Mutant]:
     finder = Finder()
     wrapper.visit(finder)
     module, places = wrapper.module, wrapper.resolve(PositionProvider)
-    seen, found, lines = {ast.dump(ast.parse(text))}, list[Mutant](), text.splitlines(keepends=True)
+    seen, found, lines = {text}, list[Mutant](), text.splitlines(keepends=True)
     starts = [0, *accumulate(map(len, lines))]
     for node, changes, above in finder.found:
         if node not in places:
@@ -93,19 +93,23 @@ def mutants(root: Path, path: str) -> list[Mutant]:
             # a node's place leaves out its parentheses and an operator's the spaces around it
             new = module.code_for_node(change.with_changes(lpar=[], rpar=[]) if hasattr(change, "lpar") else change).strip()
             source = text[:begin] + new + text[end:]
-            try:
-                tree = ast.dump(ast.parse(source))
-            except SyntaxError:
+            if source in seen or not _parses(source):
                 continue
-            if tree in seen:
-                continue
-            seen.add(tree)
+            seen.add(source)
             before, after = " ".join(text[begin:end].split()), " ".join(new.split())
             nth = sum((m.function, m.before, m.after) == (function, before, after) for m in found)
             key = "\0".join([path, function, " ".join(lines[first - 1].split()), before, after, str(nth)])
             digest = hashlib.sha1(key.encode()).hexdigest()[:10]
             found.append(Mutant(digest, path, function, inside, (first, last), span.start.line, before, after, source))
     return found
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _function(above: list[cst.CSTNode]) -> tuple[str, bool]:

@@ -32,10 +32,20 @@ def counts(every: list[Mutant], outcomes: dict[str, dict[str, Any]]) -> dict[str
     return {"mutants": len(every), "ran": ran, "killed": killed, **forced, **score}
 
 
+def together(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The sums, and the score of all mutants: each module's weighs as it has mutants, however many of them were run."""
+    ran = [c for c in modules.values() if c["ran"]]
+    sums = {key: sum(c[key] for c in ran) for key in ("mutants", "ran", "killed", "of_these_timeouts", "of_these_crashes")}
+    score = sum(c["mutants"] * c["score"] for c in ran) / sums["mutants"]
+    unseen = [c["score"] * (1 - c["score"]) / c["ran"] * c["mutants"] * (c["mutants"] - c["ran"]) for c in ran]
+    spread = 1.96 * math.sqrt(sum(unseen)) / sums["mutants"]
+    return {**sums, "score": round(score, 4), "interval": [round(score - spread, 4), round(score + spread, 4)]}
+
+
 def write(path: Path, every: list[Mutant], outcomes: dict[str, dict[str, Any]], tests: int) -> None:
     """The counts and the survivors; a judgement that stands beside a survivor of the last record is kept."""
     before = {s["id"]: s["judgement"] for s in json.loads(path.read_text())["survivors"]} if path.exists() else {}
-    files = sorted({m.path for m in every})
+    modules = {file: counts([m for m in every if m.path == file], outcomes) for file in sorted({m.path for m in every})}
     survivors = [
         {"id": m.id, "path": m.path, "line": m.line, "function": m.function, "before": m.before, "after": m.after,
          "tests": outcomes[m.id]["tests"], "judgement": before.get(m.id, NOT_JUDGED)}
@@ -44,8 +54,8 @@ def write(path: Path, every: list[Mutant], outcomes: dict[str, dict[str, Any]], 
     ]  # fmt: skip
     record = {
         "tests": tests,
-        "all": counts(every, outcomes),
-        "modules": {file: counts([m for m in every if m.path == file], outcomes) for file in files},
+        "all": together(modules),
+        "modules": modules,
         "survivors": survivors,
     }
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
