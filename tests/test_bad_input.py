@@ -105,6 +105,12 @@ def test_what_are_no_symmetries_is_refused(wrong: Any) -> None:
         tf.attach(optimizer, wrong)
 
 
+def test_what_is_no_process_group_is_refused() -> None:
+    _, optimizer, symmetries = setup()
+    with pytest.raises(TypeError, match=r"group must be a ProcessGroup or None, got 'world'; torch.distributed.group.WORLD has all"):
+        tf.attach(optimizer, symmetries, group="world")  # type: ignore[arg-type]
+
+
 def test_a_parameter_that_is_not_in_the_optimizer_is_named_with_its_joint() -> None:
     model, _, symmetries = setup()
     optimizer = torch.optim.AdamW(model[0].parameters())

@@ -89,6 +89,14 @@ def test_a_teleport_that_pays_comes_every_horizon_and_one_that_does_not_ever_mor
     assert simulate(lambda step: 1.0, cost=1e-3)[:5] == [0, 10, 30, 70, 150]
 
 
+def test_what_was_never_timed_or_rose_from_nothing_is_worth_it() -> None:
+    schedule = WorthItsTime(horizon=5)
+    assert schedule.worth(1.0, 1.0, 1e9)  # no step was timed: nothing to weigh it against
+    schedule._steps = [1.0]
+    assert schedule.worth(0.0, 1.0, 1e9)
+    assert not schedule.worth(1.0, 1.0, 1e9)
+
+
 def test_it_returns_when_teleports_pay_again() -> None:
     found = simulate(lambda step: 3.0 if step >= 60 else 1.0, cost=2.0)
     assert found[:4] == [0, 10, 30, 70] and found[4:8] == [75, 80, 85, 90]

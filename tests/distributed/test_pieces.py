@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from teleport_fast.distributed.layout import Layout, Run, layout_of
-from teleport_fast.distributed.pieces import _pieces, pieces
+from teleport_fast.distributed.pieces import _pieces, is_cut, pieces, uncut
 from teleport_fast.symmetry.view import View
 
 VIEWS = {
@@ -85,3 +87,40 @@ def test_partial_sums_have_no_layout(monkeypatch: Any) -> None:
     monkeypatch.setattr(layout, "as_dtensor", lambda tensor: fake)
     with pytest.raises(ValueError, match="redistribute it"):
         layout.layout_of(torch.zeros(2))
+
+
+class Grid:
+    """A mesh as layouts ask for it: sizes alone, without processes."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def size(self, dim: int) -> int:
+        return self.shape[dim]
+
+
+def placed(view: View, shape: tuple[int, ...], mesh: tuple[int, ...], *placements: Any) -> tuple[str, ...]:
+    layout = Layout(shape, Grid(*mesh), placements)  # type: ignore[arg-type]
+    assert is_cut(view, layout)
+    found = uncut([view], layout)
+    assert not is_cut(view, replace(layout, placements=found))
+    return tuple(repr(placement).partition("(")[0] + str(getattr(placement, "dim", "")) for placement in found)
+
+
+def test_a_cut_through_heads_goes_to_a_dimension_that_nothing_cuts() -> None:
+    heads = View("w", 0, heads=3, width=4)
+    assert placed(heads, (12, 6), (2,), Shard(0)) == ("Shard1",)
+    assert placed(heads, (12,), (2,), Shard(0)) == ("Replicate",)  # no other dimension
+    assert placed(heads, (12, 6), (2, 2), Shard(0), Shard(1)) == ("Replicate", "Shard1")  # the other one is cut already
+    assert placed(heads, (12, 6), (3, 2), Shard(0), Shard(0)) == ("Shard0", "Shard1")  # 3 parts alone keep whole heads
+
+
+def test_of_two_cuts_through_heads_one_moves_and_the_other_gathers() -> None:
+    heads = View("w", 0, heads=3, width=4)
+    assert placed(heads, (12, 6), (2, 2), Shard(0), Shard(0)) == ("Shard1", "Replicate")
+    assert placed(heads, (12,), (2, 2), Shard(0), Shard(0)) == ("Replicate", "Replicate")
+
+
+def test_a_strided_cut_never_outlives_the_cut_that_it_counts_over() -> None:
+    heads = View("w", 0, heads=3, width=4)
+    assert placed(heads, (12, 6), (2, 2), _StridedShard(0, split_factor=2), Shard(0)) == ("Shard1", "Replicate")

@@ -202,6 +202,7 @@ ZERO_ROW = torch.tensor([0.1, 0.0, 0.1])
         (torch.ones(3, 4).int(), torch.eye(3), 0.1, TypeError, ["Z must be float32", "torch.int32"]),
         (torch.ones(3, 4), torch.eye(3).int(), 0.1, TypeError, ["must be float32", "torch.int32"]),
         (torch.ones(3, 4), torch.eye(3, device="meta"), 0.1, ValueError, ["cpu", "meta"]),
+        (torch.ones(3, 4), torch.eye(3), torch.ones(3, device="meta"), ValueError, ["cpu", "negative_slope on meta", "move"]),
     ],
 )
 def test_bad_input_names_the_argument_its_value_and_the_remedy(op, name, Z, matrix, slope, error, words):

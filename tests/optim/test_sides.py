@@ -66,6 +66,13 @@ def test_options_and_patterns_change_sides() -> None:
     assert none["model.layers.0.self_attn.q_proj.weight"] == ["8 x 8", "adamw", "", reason]
 
 
+def test_what_has_nothing_to_turn_is_left_and_says_so() -> None:
+    shapes = {"empty.up_proj.weight": (0, 8), "layers.0.mlp.up_proj.weight": (20, 1), "layers.0.mlp.down_proj.weight": (1, 20)}
+    rows = rows_of(Rotated(list(zip(shapes, meta(*shapes.values()), strict=True)), hidden=5))
+    assert rows["empty.up_proj.weight"] == ["0 x 8", "adamw", "", "no entries"]
+    assert rows["layers.0.mlp.up_proj.weight"][1:] == ["hidden 4 x 5", "-", "columns: one entry has nothing to turn"]
+
+
 def test_a_hidden_side_without_a_fitting_block_is_left_and_says_so() -> None:
     rows = rows_of(llama(hidden=6, max_side=10))
     assert rows["model.layers.0.mlp.up_proj.weight"][1:3] == ["hidden 4 x 5", "stream 8"]

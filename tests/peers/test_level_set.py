@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from teleport_fast.minima.point import Closure
 from teleport_fast.peers import level_set_teleport
-from teleport_fast.peers.level_set import _Step
+from teleport_fast.peers.level_set import _corrected, _Step
 from teleport_fast.peers.oracle import Oracle
 
 LOSS_CHANGE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -162,3 +162,28 @@ def test_points_with_nothing_to_climb_are_refused() -> None:
         level_set_teleport(lambda: w.sum(), [])
     with pytest.raises(ValueError, match="loss_fn must be a function without arguments"):
         level_set_teleport(w.sum(), [w])  # type: ignore[arg-type]
+
+
+def test_a_loss_that_drifts_is_never_back_on_the_level_set_and_the_teleport_is_undone() -> None:
+    w, H, _ = quadratic([0.2, 1.0, 2.0, 5.0])
+    start, calls = w.detach().clone(), [0]
+
+    def drifting(rate: float) -> Tensor:
+        calls[0] += 1
+        return 0.5 * w @ H @ w + rate * max(calls[0] - 4, 0)
+
+    result = level_set_teleport(lambda: drifting(1.0), [w], 2)
+    assert result.stopped.startswith("undone: no point of the path is on the level set with a larger gradient; ")
+    assert torch.equal(w.detach(), start) and result.gradient_norm_after == pytest.approx(result.gradient_norm_before)
+    calls[0] = 0
+    assert level_set_teleport(lambda: drifting(0.0), [w], 2).gain > 1
+
+
+def test_a_correction_that_overshoots_is_halved() -> None:
+    w = torch.tensor([1.2], dtype=torch.float64, requires_grad=True)
+    oracle = Oracle(lambda: w.tanh().sum(), [w])
+    oracle.evaluate()
+    whole = (math.tanh(-0.9) - oracle.loss) / oracle.square * oracle.gradient
+    assert abs(math.tanh(1.2 + float(whole)) - math.tanh(-0.9)) < oracle.loss - math.tanh(-0.9)  # nearer, from the far side
+    assert _corrected(oracle, oracle.flat(), math.tanh(-0.9), 1e-12)
+    assert float(w.detach()) == pytest.approx(-0.9, abs=1e-9)
