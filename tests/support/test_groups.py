@@ -43,8 +43,23 @@ def test_groups_keep_their_rates_and_decay(arm: Any) -> None:
     assert all(change < 1e-12 for change in moved)
 
 
+def torch_steps_an_added_group() -> bool:
+    """Whether plain Adagrad does: up to torch 2.11 it makes its state when it is built, and only then."""
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    plain = torch.optim.Adagrad([first])
+    plain.add_param_group({"params": [second]})
+    second.grad = torch.ones(2)
+    try:
+        plain.step()
+    except KeyError:
+        return False
+    return True
+
+
 @pytest.mark.support("add_param_group")
 def test_a_group_that_is_added_is_stepped_and_the_others_go_on(arm: Any, close: Close) -> None:
+    if arm.name == "Adagrad" and not torch_steps_an_added_group():
+        pytest.skip(f"torch {torch.__version__}'s own Adagrad raises KeyError at a group that is added")
     run, other = arm.run(), arm.run().train(6)
     extra = nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
     run.train(3)
