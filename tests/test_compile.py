@@ -60,7 +60,8 @@ class Two(nn.Module):
         self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.relu(self.up(x)))
+        out: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return out
 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
