@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +69,51 @@ def test_tools_without_an_extension_lead_to_a_build_that_may_not_fail_silently(m
     tools = ("c++", "cmake", "ninja", "Python.h", "nvcc")
     monkeypatch.setattr(doctor, "_tools", lambda: {tool: {"available": True, "version": "1"} for tool in tools})
     assert f"TELEPORT_FAST_REQUIRE_EXT=1 {doctor.REBUILD}" in doctor.diagnose()["extension"]["remedy"]
+
+
+@pytest.mark.usefixtures("pure_python")
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nothing(distribution: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    report = doctor.diagnose()
+    assert report["packages"]["triton"]["reason"] == "triton is not installed"
+    assert report["packages"]["triton"]["remedy"] == "pip install 'teleport-fast[triton]' (or: pip install triton)"
+    assert report["backends"]["triton"]["remedy"] == report["packages"]["triton"]["remedy"]
+    header = report["tools"]["Python.h"]
+    assert header["reason"] == f"{tmp_path / 'Python.h'} does not exist" and "apt-get install python3-dev" in header["remedy"]
+    (tmp_path / "Python.h").touch()
+    assert doctor.diagnose()["tools"]["Python.h"]["available"]
+
+
+def test_the_way_to_the_cuda_backend_is_told_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = {"available": False, "remedy": "install the CUDA toolkit"}
+
+    def remedy() -> str:
+        return doctor._remedy("cuda", {"nvcc": nvcc}, {})
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert remedy() == f"install a CUDA build of torch, then {doctor.REBUILD}"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert remedy() == "needs an NVIDIA GPU and its driver"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert remedy() == f"install the CUDA toolkit, then {doctor.REBUILD}"
+    nvcc["available"] = True
+    assert remedy() == doctor.REBUILD
+
+
+def test_a_tool_that_does_not_say_its_version_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "cmake"
+    tool.write_text("#!/bin/sh\nexit 3\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    report = doctor.diagnose()["tools"]["cmake"]
+    assert not report["available"] and report["reason"].startswith(f"{tool} --version failed: ")
+    tool.write_text("#!/bin/sh\necho\necho cmake version 4\n")
+    assert doctor.diagnose()["tools"]["cmake"]["version"] == "cmake version 4"
 
 
 @pytest.mark.skipif(backends()["cpp"] is not True, reason="the extension is not built here")

@@ -221,3 +221,14 @@ def test_counters_and_empty_state_do_not_move() -> None:
     optimizer.step()
     kinds = sorted(kind for kind, _ in state_sources(optimizer, parameters))
     assert kinds == ["covector", "square"]
+
+
+@pytest.mark.parametrize("held", [{"steps": {"done": torch.tensor(3.0)}}, [torch.tensor(3.0), torch.zeros(1)], {}, "warm"], ids=repr)
+def test_counters_in_a_table_or_a_list_do_not_move_and_a_vector_among_them_is_refused(held: Any) -> None:
+    model, _ = linear_chain(GeneralLinear(4))
+    optimizer, parameters = torch.optim.Adam(model.parameters()), dict(model.named_parameters())
+    optimizer.state[parameters["0.weight"]]["held"] = held
+    assert state_sources(optimizer, parameters) == []
+    optimizer.state[parameters["0.weight"]]["held"] = {"first": held, "then": [torch.zeros(2)]}
+    with pytest.raises(ValueError, match=r"optimizer state 'held' of '0.weight', shape \(2,\), has no known transformation"):
+        state_sources(optimizer, parameters)

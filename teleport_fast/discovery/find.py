@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from teleport_fast.discovery.candidates import Candidate, Views, candidates
 from teleport_fast.discovery.flow import Flow
 from teleport_fast.discovery.gains import is_norm
-from teleport_fast.discovery.guards import notes, stuck
+from teleport_fast.discovery.guards import notes, shared_memory, stuck
 from teleport_fast.discovery.inputs import guess_inputs
 from teleport_fast.discovery.norms import norm_proposals
 from teleport_fast.discovery.residual import residual_candidate, stream_width, streams
@@ -65,7 +65,21 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool |
         else:
             prover = Prover(model, guess_inputs(model) if example_inputs is None else example_inputs)
             joints, findings = _search(model, prover)
+    joints = list(_in_one_memory(joints, findings, model))
     return Symmetries(tuple(joints), (*findings, *notes(model)), model)
+
+
+def _in_one_memory(joints: list[Joint], findings: list[Finding], model: nn.Module) -> Iterator[Joint]:
+    """The joints without those that would move a parameter together with another one that lies in its memory."""
+    shared = shared_memory(named_tensors(model))
+    for joint in joints:
+        name = next((name for name in joint.parameters() if name in shared), None)
+        if name is None:
+            yield joint
+            continue
+        reason = f"{name!r} shares its memory with {shared[name]!r}, which would move with it; tie them as one Parameter"
+        findings[:] = [finding for finding in findings if finding.name != joint.name]
+        findings.append(Finding(joint.name, joint.kind, "rejected", reason))
 
 
 def _search(

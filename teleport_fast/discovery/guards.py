@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,27 @@ def stuck(joint: Joint, tensors: Mapping[str, Tensor]) -> str | None:
     if len(devices) > 1:
         return f"its tensors are on several devices ({', '.join(sorted(devices))}), and a move is one call on one of them"
     return None
+
+
+def shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each parameter whose memory another one overlaps (`nn.Parameter(other.data)`) → that other: one move, two tensors.
+
+    A copy of the model, on which joints are proven, holds them apart.
+    """
+    ranges = defaultdict(list)
+    for name, tensor in tensors.items():
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
+            reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.storage_offset()
+            ranges[tensor.untyped_storage()._cdata].append((start, start + reach, name))
+    shared: dict[str, str] = {}
+    for held in ranges.values():
+        held.sort()
+        for (_, last, name), (start, _, other) in pairwise(held):
+            if start <= last:
+                shared.setdefault(name, other)
+                shared.setdefault(other, name)
+    return shared
 
 
 def notes(model: nn.Module) -> Iterator[Finding]:

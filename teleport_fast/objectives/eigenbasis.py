@@ -83,9 +83,7 @@ class Eigenbasis(Objective):
             [_part(view.of(gradients[view.parameter]), part, self.parts) for view in joint.views() if view.counts]
             for joint in bucket.joints
         ]
-        first = next((tensor for tensors in counted for tensor in tensors), None)
-        if first is None:
-            return
+        first = counted[0][0]  # unusable() leaves no joint without one
         covariance = self.covariances.get(index)
         if covariance is None:
             dtype = torch.promote_types(first.dtype, torch.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from teleport_fast.data_dependent import CrossEntropy, MLPAction, reference
-from teleport_fast.data_dependent.deferred import Factors, square_factor
+from teleport_fast.data_dependent.deferred import Factors, full_rank_factor, square_factor
 
 from .conftest import network, relative
 
@@ -42,6 +42,22 @@ def test_one_ill_conditioned_factor_makes_all_unsound() -> None:
     assert factors.sound()
     factors(matrix(6, 40, condition=1e4), rows=3)
     assert not factors.sound()
+
+
+def test_a_factor_that_does_not_exist_makes_all_unsound() -> None:
+    factors, H = Factors(deferred=True), matrix(60, 200)
+    H[7] = 0  # H Hᵀ has no Cholesky factor
+    factors(H, rows=3)
+    assert not factors.sound()
+
+
+def test_a_square_factor_is_reported_as_a_pseudo_inverse() -> None:
+    H = matrix(24, 24)
+    square = square_factor(H)
+    assert square is not None
+    report = full_rank_factor(square)
+    A = torch.randn(3, 24, dtype=torch.float64)
+    assert report.rank == 24 and relative(report.right(A), A @ torch.linalg.pinv(H)) < 1e-11
 
 
 def test_a_square_factor_is_refused_near_the_rank_cut() -> None:

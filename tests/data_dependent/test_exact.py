@@ -128,6 +128,7 @@ def test_a_rank_deficient_batch_is_found() -> None:
         ({"X": torch.ones(6, 4, dtype=torch.float64)}, r"weights\[0\] must be \(out, 6\) because X has rows 6"),
         ({"X": torch.ones(7, 4)}, "must be torch.float32"),
         ({"weights": [torch.ones(5, 7, dtype=torch.float64)]}, "at least two layers"),
+        ({"weights": [torch.ones(5, 7).double(), torch.full((3, 5), float("inf")).double()]}, r"weights\[1\] must be finite"),
     ],
 )
 def test_bad_networks_are_refused(change: dict[str, object], message: str) -> None:
@@ -144,10 +145,32 @@ def test_bad_elements_labels_and_activations_are_refused() -> None:
         action.apply([])
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.2, got 0\.\.3"):
         action.lie_gradient(CrossEntropy(torch.tensor([0, 1, 2, 3])))
+    with pytest.raises(ValueError, match=r"gs\[0\] must be finite, got NaN or infinity; take a smaller step"):
+        action.apply([torch.full((5, 5), float("nan"))])
+    with pytest.raises(ValueError, match=r"labels must be \(batch,\) of integers, got \(4,\) of torch.float32; pass class indices"):
+        CrossEntropy(torch.ones(4))
+    with pytest.raises(ValueError, match=r"one class per column of Y, got 3 for Y \(3, 4\)"):
+        action.lie_gradient(CrossEntropy(torch.tensor([0, 1, 2])))
+    with pytest.raises(ValueError, match=r"targets must be of Y's shape, got \(3, 5\) for Y \(3, 4\)"):
+        action.lie_gradient(SquaredError(torch.zeros(3, 5, dtype=torch.float64)))
+    with pytest.raises(ValueError, match=r"scalar of the outputs, got shape \(4,\); reduce it"):
+        action.lie_gradient(lambda Y: Y.square().sum(0))
+    with pytest.raises(ValueError, match="loss_fn must be a function of the outputs, got str"):
+        action.lie_gradient("mse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="square is not invertible"):
         Activation("square", torch.square, torch.sqrt, lambda z: 2 * z)
+    with pytest.raises(ValueError, match=r"flat is not invertible: its derivative is 0 on \[-4, 4\]"):
+        Activation("flat", lambda z: z, lambda z: z, torch.zeros_like)
     with pytest.raises(ValueError, match="derivative of identity is off"):
         Activation("identity", lambda z: z, lambda z: z, lambda z: 0 * z + 2)
     with pytest.raises(ValueError, match="ReLU has no known inverse"):
         MLPAction.from_sequential(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)), torch.ones(2, 3))
     assert leaky_relu(0.3).name == "leaky_relu(0.3)"
+
+
+def test_a_move_without_a_loss_says_nothing_of_its_change() -> None:
+    action = MLPAction(*network((7, 5, 3), 4))
+    action.apply(elements(action.widths))
+    assert action.report is not None and action.report.loss_change is None
+    with pytest.raises(ValueError, match="inverse must be 'exact' or 'first_order', got 'newton'"):
+        action.apply(elements(action.widths), inverse="newton")

@@ -45,6 +45,16 @@ def test_any_differentiable_loss_is_taken() -> None:
     assert relative(by_autograd, by_hand) < 1e-12
 
 
+def test_a_linear_loss_has_no_curvature_of_its_own() -> None:
+    weights, X = network((9, 6, 3), 5)
+    action, C = MLPAction(weights, X), torch.randn(3, 5, dtype=torch.float64)
+    (found,) = action.lie_gradient(lambda Y: (C * Y).sum())
+    _, _, (wanted,) = reference.lie_gradient(weights, X, lambda Y: (C * Y).sum(), "u_exact", leaky_relu(0.1), True)
+    assert relative(found, wanted) < 1e-10
+    (bent,) = action.lie_gradient(lambda Y: (C * Y).sum() + Y.square().sum())
+    assert relative(bent, wanted) > 1e-2
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", ["u_exact", "v_exact"])
 def test_is_the_slope_of_the_squared_gradient_norm(form: str, bias: bool) -> None:

@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 
-from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning, RoundOffWarning, reference
+from teleport_fast.data_dependent import CrossEntropy, MLPAction, RankWarning, RoundOffWarning, SquaredError, reference
+from teleport_fast.data_dependent.losses import LossFunction
 
 from .conftest import network, relative
 from .test_lie_gradient import squared_norm
@@ -81,14 +82,42 @@ def test_a_published_loop_that_leaves_the_finite_numbers_says_so() -> None:
         MLPAction(weights, X).teleport(LOSS, 1, 1e300, parity=True)
 
 
-def test_the_fast_published_loop_is_the_double_backward_one() -> None:
+def test_a_network_whose_gradient_overflows_is_refused_before_it_moves() -> None:
+    weights, X = network(WIDTHS, BATCH)
+    with pytest.raises(ValueError, match=r"squared gradient norm is (inf|nan) before the teleport; check the weights and the loss"):
+        MLPAction([*weights[:-1], 1e160 * weights[-1]], X).teleport(LOSS, 1)
+
+
+def test_a_step_out_of_the_finite_numbers_is_halved_until_the_loss_stands() -> None:
+    action = action_of("u_exact")
+    result = action.teleport(LOSS, 1, 1e6, radius=1e4)
+    (step,) = result.report.steps
+    assert step.scale < 1e-2 * min(1.0, 1e4 / 1e6)  # exp of the first tries overflows
+    assert relative(action.outputs(result.weights), action.outputs()) < 1e-6
+
+
+def test_a_loss_that_is_no_function_of_the_outputs_is_not_teleported_on() -> None:
+    action, noise = action_of("u_exact"), iter(range(1000))
+    result = action.teleport(lambda Y: Y.square().sum() + next(noise), 2, 1e-3)
+    assert "no step of 30 halvings improves the objective within the cap and keeps the loss" in result.report.stopped
+    assert all(torch.equal(new, old) for new, old in zip(result.weights, action.weights, strict=True))
+    assert action.teleport(lambda Y: Y.square().sum(), 2, 1e-3).report.stopped == "all steps done"
+
+
+@pytest.mark.parametrize("kind", ["cross entropy", "squared error", "a function"])
+def test_the_fast_published_loop_is_the_double_backward_one(kind: str) -> None:
     weights, X = network((20, 8, 6, 3), 30)
-    loss = CrossEntropy(torch.arange(30) % 3)
-    action = MLPAction(weights, X, form="v_exact")
+    targets = torch.randn(3, 30, dtype=torch.float64)
+    loss: LossFunction = {
+        "cross entropy": CrossEntropy(torch.arange(30) % 3),
+        "squared error": SquaredError(targets),
+        "a function": lambda Y: 0.5 * (Y - targets).square().sum(),
+    }[kind]
+    action, lr = MLPAction(weights, X, form="v_exact"), 1e-2 if kind == "cross entropy" else 1e-5
     with pytest.warns(RankWarning):
-        fast = action.teleport(loss, 6, 1e-2, parity=True)
+        fast = action.teleport(loss, 6, lr, parity=True)
     slow, _ = reference.published_teleport(
-        weights, X, loss, "iclr24", action.activation, 6, 1e-2, math.inf, True, lambda *record: None
+        weights, X, loss, "iclr24", action.activation, 6, lr, math.inf, True, lambda *record: None
     )
     for found, wanted in zip(fast.weights, slow, strict=True):
         assert relative(found, wanted) < 1e-8
@@ -108,3 +137,12 @@ def test_the_fast_published_loop_is_the_double_backward_one() -> None:
 def test_bad_arguments_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         action_of("u_exact").teleport(LOSS, **change)  # type: ignore[arg-type]
+
+
+def test_the_published_loops_quirks_are_asked_for_by_name() -> None:
+    weights, X = network(WIDTHS, BATCH)
+    with pytest.raises(ValueError, match="teleport follows hidden='recomputed'; pass parity=True for the published loop"):
+        MLPAction(weights, X, hidden="stale").teleport(LOSS)
+    weights, X = network(WIDTHS, BATCH, bias=True)
+    with pytest.raises(ValueError, match="parity follows the published code, which has no biases"):
+        MLPAction(weights, X, bias=True).teleport(LOSS, parity=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,6 +31,48 @@ def said(found: Symmetries, name: str) -> str:
     """What explain() says about one name, all its lines in one."""
     lines = [line.split() for line in found.explain().splitlines()]
     return " | ".join(" ".join(line[1:]) for line in lines if line and line[0] == name)
+
+
+class Twins(nn.Module):
+    """Three layers; `twin` puts the second one's weight into the memory of the first one's, as a Parameter of its own."""
+
+    def __init__(self, twin: Callable[[Tensor], Tensor], device: str = "cpu") -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, n, device=device) for n in (4, 4, 3))
+        self.b.weight = nn.Parameter(twin(self.a.weight.data))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))  # type: ignore[no-any-return]
+
+
+def test_parameters_in_one_memory_do_not_move_though_a_copy_would_hold_them_apart() -> None:
+    assert len(find_symmetries(Twins(torch.clone), X)) == 4
+    for twin in (lambda w: w, lambda w: w.T, lambda w: w.flatten()[:16].view(4, 4)):
+        model = Twins(twin)
+        before, found = model(X), find_symmetries(model, X)
+        assert len(found) == 0
+        assert "'a.weight' shares its memory with 'b.weight', which would move with it" in said(found, "b.up-down")
+        apart = find_symmetries(Twins(torch.clone), X)  # what a copy proves: applied here, it changes the outputs
+        apart.apply_(model, {"b.up-down": apart.random()["b.up-down"]})
+        assert (model(X) - before).norm() > 1e-3 * before.norm()
+
+
+def test_neighbours_in_one_buffer_move_on_their_own() -> None:
+    model = Twins(torch.clone)
+    flat = torch.randn(32)
+    model.a.weight, model.b.weight = (nn.Parameter(part.view(4, 4)) for part in flat.split(16))
+    found = find_symmetries(model, X)
+    assert len(found) == 4
+    before = model(X)
+    found.apply_(model, found.random())
+    assert (model(X) - before).norm() < 1e-5 * before.norm()
+
+
+def test_parameters_in_one_memory_are_seen_on_meta_too() -> None:
+    found = find_symmetries(Twins(lambda w: w, "meta"), X, verify=False)
+    assert len(found) == 0
+    assert "'a.weight': it shares its memory with another parameter" in found.explain()
+    assert len(find_symmetries(Twins(torch.clone, "meta"), X, verify=False)) == 4
 
 
 def test_weight_norm_moves_by_its_gain_alone_and_only_where_that_is_exact() -> None:
@@ -75,6 +118,11 @@ def test_a_dynamically_quantized_layer_keeps_its_joints_from_moving() -> None:
     assert {joint.name for joint in found} == {"2.up-down", "2.neurons"}
     assert "'4.weight' is quantized, a move would round it" in said(found, "4.up-down")
     assert "its weight is quantized" in said(found, "4")
+
+
+def test_a_quantized_layer_within_another_module_is_made_plain_for_the_proof() -> None:
+    found = find_symmetries(nn.Sequential(quantized("4")), X)
+    assert {joint.name for joint in found} == {"0.2.up-down", "0.2.neurons"}
 
 
 class Int8(nn.Module):

@@ -129,3 +129,32 @@ def test_most_of_a_billion_parameters_on_meta_cost_one_block() -> None:
     small = stand_in(model)
     block, outside = 4 * 2048**2 + 2 * 2048 * 4096, 3 * ROWS * 2048
     assert sum(p.numel() for p in small.model.parameters()) < block + outside
+
+
+class Masked(nn.Module):
+    """A causal sum over two layers, with a mask, a padding row beyond the rows that a stand-in keeps, and a flag."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.table = nn.Embedding(ROWS + 9, 6, padding_idx=ROWS + 2, device=device)
+        self.alpha, self.omega = nn.Linear(6, 8, device=device), nn.Linear(8, 3, device=device)
+        self.register_buffer("causal", torch.ones(5, 5, dtype=torch.bool, device=device).tril())
+        self.register_buffer("position_ids", torch.arange(5, device=device).expand(1, -1))
+        self.register_buffer("offset", torch.zeros(1, dtype=torch.int64, device=device))
+
+    def forward(self, ids: Tensor, bent: bool) -> Tensor:
+        y = self.table(ids + self.offset) + 0.1 * self.position_ids[..., None]
+        y = self.alpha(torch.matmul(self.causal.to(y.dtype), y))
+        return self.omega(y.tanh() if bent else y.relu())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_masks_positions_padding_and_flags_are_taken_over(device: str) -> None:
+    model, ids = Masked(device), torch.arange(10).reshape(2, 5) + ROWS - 4
+    small = stand_in(model)
+    assert small.model.table.padding_idx is None and small.model.table.weight.shape[0] == ROWS
+    assert torch.equal(small.model.causal, torch.ones(5, 5, dtype=torch.bool).tril())
+    assert small.model.position_ids.tolist() == [[0, 1, 2, 3, 4]] and small.model.offset.tolist() == [0]
+    for bent, expected in ((False, {"omega.up-down", "omega.neurons"}), (True, {"omega.neurons"})):
+        found = find_symmetries(model, {"ids": ids, "bent": bent}, verify="blocks")
+        assert {joint.name for joint in found if joint.width == 8} == expected

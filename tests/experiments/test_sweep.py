@@ -96,6 +96,20 @@ def test_an_ended_sweep_is_taken_up_where_it_was(run_sweep: Any, tmp_path: Path)
     assert len(result["rows"]) == 6
 
 
+def test_a_run_that_ctrl_c_ended_is_no_row_of_the_sweep(run_sweep: Any, tmp_path: Path) -> None:
+    counting = Counting(best=0.002)
+    stopped = run_sweep(lambda *given: replace(counting(*given), interrupted=len(counting.asked) == 2), rates=(0.001, 0.002, 0.004))
+    assert stopped["interrupted"] is True and len(stopped["rows"]) == 1
+    assert len((tmp_path / "sweep.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_sweep_of_nothing_is_refused_and_an_arm_without_runs_has_no_best_rate(run_sweep: Any) -> None:
+    for changes in ({"arms": []}, {"seeds": ()}):
+        with pytest.raises(ValueError, match=r"arms and seeds must not be empty, got .*; name at least one each"):
+            run_sweep(Counting(best=0.002), **changes)
+    assert module.chosen([], "adamw", (0,)) is None
+
+
 def test_rows_of_another_setting_do_not_count(run_sweep: Any, tiny: Setting) -> None:
     run_sweep(Counting(best=0.002), rates=(0.001, 0.002, 0.004))
     again = Counting(best=0.002)

@@ -248,3 +248,35 @@ def test_random_turns_differ_from_step_to_step_and_agree_between_equal_seeds(tri
     assert all(map(torch.equal, first, turned(seed=3, step=1)))
     for other in (turned(seed=3, step=2), turned(seed=4, step=1)):
         assert min(float((a - b).norm() / a.norm()) for a, b in zip(first, other, strict=True)) > 0.1
+
+
+def two_joints(counts: tuple[bool, bool]) -> Bucket:
+    """Two joints alike, each of two matrices; of the second joint's, those count that `counts` says."""
+    views = [tf.View(name, 0, 1, 4, counts=count) for name, count in zip("abcd", (True, True, *counts), strict=True)]
+    return Bucket(tuple(tf.Joint(f"{i}", "test", Orthogonal(4), 1, 4, tuple(views[2 * i : 2 * i + 2]), ()) for i in range(2)))
+
+
+@pytest.mark.parametrize("counts", [(True, True), (True, False)])
+def test_joints_of_one_bucket_may_count_different_numbers_of_matrices(counts: tuple[bool, bool]) -> None:
+    objective, bucket = objectives.Eigenbasis(decay=0.0, parts=1), two_joints(counts)
+    gradients = {name: torch.randn(4, 7, dtype=torch.float64) for name in "abcd"}
+    objective.observe(0, bucket, gradients)
+    shares = {name: G @ G.mT / G.square().sum() for name, G in gradients.items()}
+    second = shares["c"] + shares["d"] if all(counts) else shares["c"]
+    torch.testing.assert_close(objective.covariances[0], torch.stack([shares["a"] + shares["b"], second]))
+
+
+def test_a_joint_without_a_matrix_that_counts_is_left_out_with_the_reason() -> None:
+    joints = two_joints((False, False)).joints
+    reasons = [objectives.Eigenbasis().unusable(joint) for joint in joints]
+    assert reasons == [None, "no matrix of this joint counts in its gradient covariance"]
+
+
+def test_before_the_first_gradient_there_is_no_basis_to_turn_to() -> None:
+    objective = objectives.Eigenbasis(parts=1)
+    move = objectives.Move({}, {}, 0.5, False, torch.Generator())
+    assert objective.element(0, bucket_of(Orthogonal(4)), move) is None
+    assert objective.state_dict() == {}
+    objective.observe(0, bucket_of(Orthogonal(4)), {"w": torch.randn(4, 3, dtype=torch.float64)})
+    assert objective.element(0, bucket_of(Orthogonal(4)), move) is not None
+    assert list(objective.state_dict()) == ["0"]  # one part: nothing to remember of which comes next

@@ -99,6 +99,53 @@ def test_a_library_that_does_not_load_says_why_in_the_loaders_words(tmp_path: Pa
     assert "Could not load this library" not in reason and "file too short" in reason and "pip install" in reason
 
 
+def test_cuda_says_what_it_waits_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "availability", lambda name: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert module._cuda() == "torch was built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module._cuda() == "torch sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert module._cuda().startswith("_ops_cuda.so is not built; ")
+    (tmp_path / "_ops_cuda.so").write_text("no library")
+    assert module._cuda().startswith("_ops_cuda.so does not load: ")
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    assert module._cuda() is True  # the instruction set is asked of _ops.so alone
+    monkeypatch.setattr(module, "availability", lambda name: "_ops.so is not built")
+    assert module._cuda() == "_ops.so is not built"
+
+
+def test_triton_says_what_it_waits_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert module._triton() == "triton is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert module._triton() == "torch sees no GPU"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert module._triton() is True
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    assert module._triton() == "this version has no Triton kernels"
+
+
+def test_a_backend_that_is_missing_cannot_be_used_and_says_why(monkeypatch):
+    monkeypatch.setattr(module, "availability", lambda name: f"{name} is away")
+    op = Op("gram_difference", plain)
+    assert op.can_use("reference", "cpu", FLOAT) is True and op.can_use("cuda", "cuda", FLOAT) == "cuda is away"
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot compute gram_difference: triton is away; use set_backend"
+    ):
+        op._choose_uncached("triton", "cpu", FLOAT, 2)
+
+
+@pytest.mark.skipif(availability("triton") is not True, reason=str(availability("triton")))
+def test_a_triton_kernel_is_found_by_the_ops_name():
+    assert Op("gram_difference", plain)._kernel("triton").__module__ == "teleport_fast.kernels.gram_difference"
+    assert Op("an_op_without_kernels", plain)._kernel("triton") is None
+
+
 def test_cpp_does_not_take_tensors_of_another_device():
     if availability("cpp") is not True:
         pytest.skip(str(availability("cpp")))
@@ -126,13 +173,21 @@ def test_a_width_that_the_cuda_kernel_does_not_hold_is_torchs(monkeypatch):
 def test_preferences_are_read_by_instruction_set_dtype_layout_and_size(monkeypatch):
     rows = [{"up_to": 8, "backends": ["cpp"]}, {"up_to": None, "backends": []}]
     always = [{"up_to": None, "backends": ["triton"]}]
-    table = {"avx2": {"any": rows, "float64": always, "float32/rows": always}, "avx512": {"any": always}, "cuda": {"any": rows}}
+    table = {
+        "avx2": {"any": rows, "float64": always, "float32/rows": always},
+        "avx512": {"any": always},
+        "cuda": {"any": rows},
+    }
     monkeypatch.setattr(module, "_PREFERENCES", {"ops": {"some_op": table, "on_any_cpu": {"cpu": {"any": rows}}}})
     monkeypatch.setattr(module, "_isa", lambda: "avx2")
     op, double = Op("some_op", plain), frozenset([torch.float64])
     assert op.prefer("cpu", FLOAT, 8) == ["cpp", "reference"] and op.prefer("cpu", FLOAT, 9) == ["reference"]
-    assert op.prefer("cpu", double, 9) == ["triton", "reference"] and op.prefer("cpu", FLOAT | double, 9) == ["reference"]
-    assert op.prefer("cpu", FLOAT, 9, "rows") == ["triton", "reference"] and op.prefer("cpu", FLOAT, 9, "columns") == ["reference"]
+    assert op.prefer("cpu", double, 9) == ["triton", "reference"] and op.prefer("cpu", FLOAT | double, 9) == [
+        "reference"
+    ]
+    assert op.prefer("cpu", FLOAT, 9, "rows") == ["triton", "reference"] and op.prefer("cpu", FLOAT, 9, "columns") == [
+        "reference"
+    ]
     assert op.prefer("cuda", FLOAT, 1) == ["cpp", "reference"] and op.prefer("mps", FLOAT, 1) == ["reference"]
     assert Op("on_any_cpu", plain).prefer("cpu", FLOAT, 8) == ["cpp", "reference"]
     monkeypatch.setattr(module, "_isa", lambda: "avx512")
@@ -202,6 +257,7 @@ def test_direct_calls_are_for_plain_tensors_that_nobody_watches():
         assert direct([w])
     with torch.autograd.forward_ad.dual_level():
         assert not direct([A])
+    assert not direct([A.as_subclass(type("Wrapped", (torch.Tensor,), {}))])
     with torch._subclasses.FakeTensorMode() as mode:
         assert not direct([mode.from_tensor(A)])
     assert torch.func.vmap(lambda t: t * direct([t]))(A).sum() == 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import teleport_fast as tf
-from teleport_fast.experiments.joints import POINTS, Watched, joint_rows
+from teleport_fast.experiments.joints import POINTS, WIDEST, Watched, _covariance, joint_rows
 from teleport_fast.objectives import Fixed
 from teleport_fast.optimizer import attach_as
 
@@ -20,10 +20,10 @@ def mlp() -> tuple[torch.nn.Module, torch.Tensor]:
     return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3)), torch.randn(6, 5)
 
 
-def moved_by(scale: torch.Tensor, steps: int = 2) -> list[dict[str, Any]]:
+def moved_by(scale: torch.Tensor, steps: int = 2, form: str = "diagonal") -> list[dict[str, Any]]:
     model, x = mlp()
     symmetries = tf.find_symmetries(model, (x,))
-    name = next(joint.name for joint in symmetries if joint.group.form == "diagonal")
+    name = next(joint.name for joint in symmetries if joint.group.form == form)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     teleporter = attach_as(Watched, optimizer, symmetries, Fixed({name: scale}), tf.Every(1))
     for _ in range(steps):
@@ -44,6 +44,14 @@ def test_a_known_element_gives_its_own_spectrum_distance_and_count() -> None:
     # the control: another element is told apart
     (other,) = moved_by(torch.full((1, 4), 3.0))
     assert other["log_p"] == pytest.approx([2 * math.log(3)] * 4, abs=1e-4)
+
+
+def test_an_order_has_no_size_and_a_covariance_without_numbers_no_spectrum() -> None:
+    (row,) = moved_by(torch.tensor([[1, 0, 3, 2]]), form="permutation")
+    assert row["moves"] >= 1 and row["log_p"] is None and row["distance"] == [None, None]
+    some = torch.tensor([[[3.0, 0.0], [0.0, 1.0]]])
+    assert _covariance(some, None) == {"eigenvalues": [0.75, 0.25], "diagonal": [0.75, 0.25], "share": 1.0}
+    assert _covariance(0 * some, None) is _covariance(some / 0, None) is _covariance(torch.eye(WIDEST + 1)[None], None) is None
 
 
 def runs_of(folder: Path) -> dict[str, Any]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from teleport_fast import cli
-from teleport_fast.report.page import shown
+from teleport_fast.report import plots
+from teleport_fast.report.page import cards, notes, render, shown
+from teleport_fast.report.read import NUMBERS, Found, History, RunRead
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 LOADING = {"src", "srcset", "data", "poster", "action", "background"}
@@ -143,3 +148,60 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(("value", "words"), [(None, "–"), ([None, 1], "–"), ("3", "–"), (float("inf"), "–"), (True, "–"), (2, "2")])
 def test_what_is_no_number_is_a_dash(value: object, words: str) -> None:
     assert shown(value) == words
+
+
+def a_run(arm: str = "adamw", **changes: Any) -> RunRead:
+    known = {"step": 1.0, "objective_before": 1e-4, "objective_after": 2.0, "radius_used": 0.5, "seconds": 0.1}
+    record = dict.fromkeys(NUMBERS, math.nan) | known
+    history = History(f"{arm}, seed 0", (record,))
+    read = RunRead(arm, "0", ((2.0, 3.1),), (3.4, 3.2), (0.0, 0.0), (1.0,), (1e-9,), False, history, ())
+    return replace(read, **changes)
+
+
+def test_what_went_wrong_is_the_first_thing_said() -> None:
+    found = Found(Path(), {"function_kept": False, "interrupted": True}, (a_run(deviations=(0.25,)), a_run("sgd", diverged=True)))
+    assert notes(found) == [
+        ("bad", "A teleport moved the function: its logits moved by 2.5e-01 of their norm."),
+        ("warn", "Interrupted: the page shows what was measured until then."),
+        ("warn", "sgd, seed 0: diverged after 2 steps."),
+    ]
+    kept = Found(Path(), {"function_kept": True}, (a_run(),), sweep={"interrupted": True})
+    assert [level for level, _ in notes(kept)] == ["good", "warn"]
+
+
+def test_an_arm_that_shares_no_seed_with_the_baseline_is_not_compared() -> None:
+    rows = [{"arm": "adamw", "loss": [3.0]}, {"arm": "sgd", "loss": [2.5], "gain": None}, {"arm": "new", "loss": [2.5], "gain": [0.5, 0.1]}]
+    first, apart, paired = cards(Found(Path(), {"baseline": "adamw", "summary": rows}))
+    assert first["note"].endswith("the baseline")
+    assert apart["note"].startswith("not paired with adamw; its loss not reached")
+    assert paired["note"].startswith("0.500 ± 0.100 below adamw")
+
+
+def test_an_arm_that_was_listed_but_never_ran_leaves_the_others_their_plots() -> None:
+    found = Found(Path(), {"arms": [{"label": "never"}, {"label": "adamw"}]}, (a_run(),))
+    page = render(found)
+    assert "teleports-1-" in page and "teleports-0-" not in page and "curves-" in page
+
+
+def test_runs_that_hold_no_losses_have_no_curves() -> None:
+    assert plots.curves(Found(Path(), runs=(a_run(losses=()),))) is None
+    drawn = plots.curves(Found(Path(), runs=(a_run(validation=()),)))
+    assert drawn is not None and "<svg" in drawn
+    assert "<svg" not in render(Found(Path(), runs=(a_run(losses=(), history=History("", ())),)))
+
+
+@pytest.mark.parametrize(("before", "logarithmic"), [(1e-4, True), (1.0, False), (-1e-4, False)])
+def test_an_objective_over_two_decades_is_drawn_on_a_logarithmic_scale(
+    before: float, logarithmic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(plots, "_logarithmic", lambda axis, _: asked.append(axis))
+    (record,) = a_run().history.records
+    assert plots.teleports(History("run", ({**record, "objective_before": before},)), (), "t", "#000") is not None
+    assert len(asked) == logarithmic
+
+
+def test_a_sweep_whose_best_is_unknown_has_its_line_without_a_ring() -> None:
+    points = [[0.001, 3.0], [0.002, 2.5]]
+    ringed, bare = (plots.sweep({"rates": {"adamw": {**best, "losses": points}}}) for best in ({"rate": 0.002, "loss": 2.5}, {"rate": None}))
+    assert ringed is not None and bare is not None and len(ringed) > len(bare)

@@ -39,17 +39,38 @@ def settle(tape: Tape) -> None:
     for use in tape.uses:
         by_parameter[use.parameter][use.event].append(use)
     for events in by_parameter.values():
-        first, *others = events.values()
-        for other in others:
-            for axis in {use.axis for use in (*first, *other)}:
-                ours, theirs = ([use for use in side if use.axis == axis] for side in (first, other))
-                if any(_apart(use, other) for use in ours) or any(_apart(use, first) for use in theirs):
-                    continue
-                if len(ours) == len(theirs) == 1:
-                    _match(tape, ours[0], theirs[0])
-                else:
-                    for use in (*ours, *theirs):
-                        tape.units.pin(use.unit, f"{use.parameter!r} is used twice, in different ways")
+        kept: dict[object, list[Use]] = {}  # one event of each shape: the steps of a recurrence are all alike
+        for event in events.values():
+            shape = tuple((use.axis, tuple(use.index.tolist()), _part(use)) for use in event)
+            for other in [kept[shape]] if shape in kept else kept.values():
+                _settle_two(tape, other, event)
+            kept.setdefault(shape, event)
+
+
+def _settle_two(tape: Tape, first: list[Use], other: list[Use]) -> None:
+    for axis in {use.axis for use in (*first, *other)}:
+        ours, theirs = ([use for use in side if use.axis == axis] for side in (first, other))
+        if any(_apart(use, other) for use in ours) or any(_apart(use, first) for use in theirs):
+            continue
+        if len(ours) == len(theirs) == 1 and not _crossed(ours[0], theirs[0]):
+            _match(tape, ours[0], theirs[0])
+        else:
+            for use in (*ours, *theirs):
+                tape.units.pin(use.unit, f"{use.parameter!r} is used twice, in different ways")
+
+
+def _part(use: Use) -> object:
+    return None if use.region is None else (use.region[0], tuple(use.region[1].tolist()), use.region[2])
+
+
+def _crossed(a: Use, b: Use) -> bool:
+    """Whether the parts that two uses touch overlap without being one: a move of both would act twice on what they share."""
+    if a.region is None or b.region is None:
+        return a.region is not b.region
+    if (a.region[0], a.region[2]) != (b.region[0], b.region[2]):
+        return True
+    gaps = (a.region[1].unique()[:, None] - b.region[1].unique()).abs()
+    return bool(((gaps > 0) & (gaps < a.region[2])).any())
 
 
 def _apart(a: Use, event: list[Use]) -> bool:

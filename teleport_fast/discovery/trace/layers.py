@@ -66,9 +66,11 @@ def convolution(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> b
     alias = tape.known(bias)
     if isinstance(alias, Alias):
         tape.use(alias, 0, units, 1.0)
-    elif bias is not None:
-        tape.units.fix(units, "a constant is added")
-    return True
+        return True
+    if isinstance(alias, Tensor):
+        tape.units.tie(units, alias)
+        return True
+    return bias is None or add(tape, out, (out, channels(bias, out.ndim)), {})
 
 
 @rule("native_layer_norm native_group_norm _fused_rms_norm rms_norm")
@@ -92,9 +94,7 @@ def _gain_and_bias(tape: Tape, out: Tensor, label: Tensor | None, gain: Any, bia
         if value is None:
             continue
         if not isinstance(known, Alias):
-            if label is not None:
-                tape.units.pin(label, "a norm's gain is no parameter of its own")
-            return tape.set(out, None)
+            return False  # a gain that is no parameter of its own
         view = channels(known.view, out.ndim) if along_channels else known.view
         if label is None:
             label = tape.units.new(view.numel()).reshape(view.shape).expand(out.shape)

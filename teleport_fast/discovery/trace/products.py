@@ -34,17 +34,16 @@ def read(
 
 
 def _read_units(tape: Tape, units: Tensor, weight: Alias, read_dim: int, write_dim: int, groups: int) -> None:
-    real = units >= 0
     rows = weight.view.shape[write_dim] // groups
     if groups == 1:
-        if bool(real.all()):
-            tape.use(weight, read_dim, units, -1.0)
-        elif bool(real.any()):
-            tape.use(Alias(weight.name, _keep(weight.view, read_dim, real)), read_dim, units[real], -1.0)
+        tape.use(weight, read_dim, units, -1.0)
         return
     inside = len(units) // groups
     if inside == 1:  # depthwise: a unit is read by the rows of its own group
         tape.use(weight, write_dim, units.repeat_interleave(rows), -1.0)
+        return
+    if bool((units.reshape(groups, inside) < 0).all(1).any()):  # its rows would count as rows that nobody uses
+        tape.units.pin(units, f"a group of {weight.name!r} reads plain data alone")
         return
     group = torch.arange(groups).repeat_interleave(inside)
     tape.units.refine(units, group)
@@ -55,12 +54,6 @@ def _read_units(tape: Tape, units: Tensor, weight: Alias, read_dim: int, write_d
         tape.units.pin(units, f"{weight.name!r} is reshaped across its axes")
         return
     tape.note(weight.name, axes[0], axes[1].repeat(groups), units, -1.0, (place[0], group * rows, rows))
-
-
-def _keep(view: Tensor, dim: int, mask: Tensor) -> Tensor:
-    """The part of a view that meets units, if it is one stretch (a concatenation with plain data)."""
-    places = mask.nonzero().flatten()
-    return view.narrow(dim, int(places[0]), int(places[-1]) + 1 - int(places[0]))
 
 
 def contract(tape: Tape, a: Any, b: Any, out: Tensor) -> Any:  # NotImplemented has no useful type
@@ -132,8 +125,6 @@ def elementwise_parameter(tape: Tape, label: Tensor, alias: Alias, terms: tuple[
     if len(along) != 1:
         return False
     dim = along[0]
-    if view.shape[dim - ndim + view.ndim] != label.shape[dim]:
-        return False
     for exponent, units in terms:
         tape.use(alias, dim - ndim + view.ndim, tape.column(units, dim), exponent)
     return True

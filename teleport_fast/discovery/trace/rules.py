@@ -25,7 +25,7 @@ HOMOGENEOUS = "relu leaky_relu abs rrelu"
 POINTWISE = (
     "gelu silu sigmoid tanh exp expm1 log log1p erf elu selu celu hardtanh relu6 hardswish hardsigmoid softplus log_sigmoid "
     "mish sin cos tan atan asinh sqrt rsqrt reciprocal sign threshold hardshrink softshrink clamp_max round floor ceil "
-    "logit _softmax _log_softmax _safe_softmax softmax log_softmax log_sigmoid_forward cumsum nan_to_num"
+    "logit _softmax _log_softmax _safe_softmax softmax log_softmax log_sigmoid_forward nan_to_num"
 )
 REDUCTIONS = "mean sum amax amin max min var std linalg_vector_norm norm prod argmax logsumexp var_mean"
 
@@ -77,8 +77,8 @@ def packet(tape: Tape) -> Any:
 
 @rule(SAME)
 def same(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    if not isinstance(out, Tensor):
-        return False
+    if not (out.is_floating_point() or out.is_complex()):
+        return pointwise(tape, out, args, kwargs)  # rounded to whole numbers
     return tape.set(out, tape.known(args[0]))
 
 
@@ -102,12 +102,20 @@ def clamp(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
 @rule(POINTWISE)
 def pointwise(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     label = tape.label(args[0])
-    if label is None:
-        return False
+    if label is None or any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
+        return False  # a bound for each unit keeps them apart
     tape.units.fix(label, f"{packet(tape).__name__} is not homogeneous")
     tape.units.mark(label, BENT)
     first = out if isinstance(out, Tensor) else out[0]
     return tape.set(first, label)
+
+
+@rule("cumsum cumprod logcumsumexp")
+def cumulate(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    label = tape.label(args[0])
+    if label is None or bool((label.narrow(args[1], 0, 1) != label).any()):
+        return False  # the order of the units would count
+    return pointwise(tape, out, args, kwargs)
 
 
 @rule("pow square")
@@ -138,7 +146,7 @@ def prelu(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
 def add(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     (x, y), values = (tape.known(arg) for arg in args[:2]), args[:2]
     if isinstance(x, Alias) and y is None and not isinstance(args[1], Tensor) and tape.current_name == "add":
-        return tape.set(out, tape.with_shift(x, float(args[1])))
+        return tape.set(out, tape.with_shift(x, float(args[1]) * kwargs.get("alpha", 1)))
     if isinstance(x, Alias):  # of two parameters one is data; a constant added to one keeps it from moving
         if y is None:
             return False
@@ -328,6 +336,7 @@ def masked(tape: Tape, out: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
         return False
     label = label.expand(out.shape)
     uniform(tape, label, mask, dense_only=True)
+    uniform(tape, label, other)
     if not is_zero(other):
         tape.units.fix(label, "a constant is put in its place")
     return tape.set(out, label)

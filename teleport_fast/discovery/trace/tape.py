@@ -169,7 +169,6 @@ class Tape(TorchDispatchMode):
         units: Tensor,
         exponent: float,
         shift: float | None = None,
-        region: tuple[int, Tensor, int] | None = None,
     ) -> None:
         """Entries along the view's dimension `dim` belong to `units` (size,)."""
         place = self.axes(alias)[dim]
@@ -178,8 +177,7 @@ class Tape(TorchDispatchMode):
             self.units.pin(units, f"{alias.name!r} is reshaped across its axes")
             return
         axis, index = place
-        if region is None:
-            region = self._part(alias, axis, len(index))
+        region = self._part(alias, axis, len(index))
         self.note(alias.name, axis, index, units, exponent, region, alias.shift if shift is None else shift)
 
     def note(
@@ -192,7 +190,12 @@ class Tape(TorchDispatchMode):
         region: tuple[int, Tensor, int] | None = None,
         shift: float = 0.0,
     ) -> None:
-        self.uses.append(Use(name, axis, index, units, exponent, shift, self._event, name in self._buffers, region))
+        real = units >= 0  # entries that meet plain data follow no unit
+        if region is not None:
+            region = (region[0], region[1][real], region[2])
+        index, units = index[real], units[real]
+        if len(units):
+            self.uses.append(Use(name, axis, index, units, exponent, shift, self._event, name in self._buffers, region))
 
     def events(self, name: str) -> int:
         """How many operators use a parameter."""

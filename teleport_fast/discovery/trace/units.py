@@ -83,10 +83,12 @@ class Units:
             self._tie_seat(u, v)
 
     def together(self, a: Tensor, b: Tensor) -> None:
-        """a and b sit in one seat; their scales are their own."""
+        """a and b sit in one seat; their scales are their own. One that meets no unit keeps its place."""
         for u, v in _pairs(a, b):
-            if u >= 0 and v >= 0:
-                self._tie_seat(u, v)
+            if u < 0 or v < 0:
+                self.mark(torch.tensor([max(u, v)]), PINNED | BENT)
+                continue
+            self._tie_seat(u, v)
 
     def derive(self, a: Tensor, exponent: float | None) -> Tensor:
         """A new unit in the seat of each of a; its scale is s_a ** exponent, or free for None. Shape as a."""
