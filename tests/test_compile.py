@@ -50,3 +50,37 @@ def test_nothing_is_compiled_again_after_warm_up_and_the_run_is_the_same(
     tolerance = 1e-12 if compiled == "model" else 1e-4
     for one, two in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=tolerance, atol=tolerance / 10)
+
+
+class Two(nn.Module):
+    """A forward of its own: of torch's Sequential, compiled in place, nothing is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return out
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_symmetries_of_a_compiled_model_are_found_and_proven_without_compiling(how: str) -> None:
+    torch.compiler.reset()
+    counter = CompileCounter()
+    plain: Any = Two()
+    expected = tf.find_symmetries(plain)
+    if how == "wrapped":
+        model: Any = torch.compile(plain, backend=counter)
+    else:
+        plain.compile(backend=counter)
+        model = plain
+    found = tf.find_symmetries(model)
+    assert [joint.kind for joint in found] == [joint.kind for joint in expected] and len(found) >= 2
+    assert found.verify(model).ok
+    assert counter.frame_count == 0
+    model(torch.randn(2, 4))
+    assert counter.frame_count >= 1, "the control: called by itself it does compile"
+    teleporter = tf.attach(torch.optim.SGD(model.parameters()), found, "balance")
+    assert teleporter.plan.buckets
+    torch.compiler.reset()

@@ -16,6 +16,7 @@ from teleport_fast.discovery.norms import norm_proposals
 from teleport_fast.discovery.residual import residual_candidate, stream_width, streams
 from teleport_fast.discovery.roles import Role, Unusable, canonical_names, roles
 from teleport_fast.discovery.standin import is_meta, stand_in
+from teleport_fast.symmetry.eager import eagerly
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.symmetries import Finding, Symmetries, named_tensors
 from teleport_fast.symmetry.verify import CONTROL_FLOOR, Prover
@@ -34,11 +35,12 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool |
     example_inputs: what the model is called with, a tensor, a tuple of positional arguments or a dict of keywords; None
     guesses (2, t) token ids or (4, features) noise. With `verify` every proposed joint is moved by a random element on
     a perturbed float64 deep copy in eval mode: the outputs may deviate by 1e-10 at most, and must deviate by more than
-    1e-3 under a wrong element; the model's own casts to float32 are widened for it. Modules that no builder knows by name
-    are understood from one recorded call. With verify="blocks", and for a model on meta, the copy holds one block of each
-    kind and 64 rows of the vocabulary, and what is proven there stands for every block of that kind. Without it joints are
-    taken on trust: value-output, neurons and norm-readers joints and the diagonal of gated MLPs by their layers' names,
-    others where a call recorded on `meta` shows every operator between those who write a hidden space and those who read it.
+    1e-3 under a wrong element; the model's own casts to float32 are widened for it, and a compiled model runs
+    uncompiled. Modules that no builder knows by name are understood from one recorded call. With verify="blocks", and for a
+    model on meta, the copy holds one block of each kind and 64 rows of the vocabulary, and what is proven there stands for
+    every block of that kind. Without it joints are taken on trust: value-output, neurons and norm-readers joints and the
+    diagonal of gated MLPs by their layers' names, others where a call recorded on `meta` shows every operator between those
+    who write a hidden space and those who read it.
     Errors: ValueError for another `verify`, when inputs cannot be guessed or the model has no parameters; TypeError when
     it is no Module.
     Source: own derivation (docs/mathematics.md); proofs in tests/discovery/test_find.py.
@@ -55,13 +57,14 @@ def find_symmetries(model: nn.Module, example_inputs: Any = None, verify: bool |
         raise ValueError("model has no parameters, so it has no symmetries; pass a model with parameters")
     if verify not in (True, False, "blocks"):
         raise ValueError(f'verify must be True, False or "blocks", got {verify!r}')
-    if verify is False:
-        joints, findings = _search(model, None, example_inputs)
-    elif verify == "blocks" or is_meta(model):
-        joints, findings = _search_blocks(model, example_inputs)
-    else:
-        prover = Prover(model, guess_inputs(model) if example_inputs is None else example_inputs)
-        joints, findings = _search(model, prover)
+    with eagerly(model):
+        if verify is False:
+            joints, findings = _search(model, None, example_inputs)
+        elif verify == "blocks" or is_meta(model):
+            joints, findings = _search_blocks(model, example_inputs)
+        else:
+            prover = Prover(model, guess_inputs(model) if example_inputs is None else example_inputs)
+            joints, findings = _search(model, prover)
     joints = list(_in_one_memory(joints, findings, model))
     return Symmetries(tuple(joints), (*findings, *notes(model)), model)
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from teleport_fast.symmetry.bucket import PARAMETER, Bucket, Element
 from teleport_fast.symmetry.diagonal_groups import Diagonal, Signs
+from teleport_fast.symmetry.eager import eagerly
 from teleport_fast.symmetry.joint import Joint
 from teleport_fast.symmetry.plain_copy import plain_copy
 from teleport_fast.symmetry.widen import WideCasts
@@ -189,11 +190,12 @@ def verify(joints: Iterable[Joint], model: nn.Module, inputs: Any = None, tolera
         from teleport_fast.discovery.inputs import guess_inputs
 
         inputs = guess_inputs(model)
-    prover = Prover(model, inputs)
     proofs = []
-    for joint in joints:
-        joint.check_shapes(prover.tensors)
-        proofs.append(prover.prove(joint, tolerance))
+    with eagerly(model):
+        prover = Prover(model, inputs)
+        for joint in joints:
+            joint.check_shapes(prover.tensors)
+            proofs.append(prover.prove(joint, tolerance))
     return VerifyReport(tuple(proofs), tolerance)
 
 
