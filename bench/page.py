@@ -64,6 +64,10 @@ def kernels(run: Run) -> Iterator[str]:
         f"level in {verdicts.count(0)}. {setting(run)}."
     )
     yield ""
+    yield from losses(rows)
+    yield ""
+    yield "### All cases"
+    yield ""
     body = []
     for row in rows:
         routes = row["routes"]
@@ -84,7 +88,6 @@ def kernels(run: Run) -> Iterator[str]:
         "(`bench/ratios/formulas.py`), a triangle for a symmetric product. The bars of each op are in [kernels.md](kernels.md)."
     )
     yield ""
-    yield from losses(rows)
 
 
 def losses(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -199,3 +200,11 @@ def test_environments_name_those_that_there_are_and_cover_the_least_torch() -> N
     assert done.returncode == 2 and "barest; there are bare, bare-2.11 and built-2.11" in done.stderr
     least = re.search(r'dependencies = \["torch>=([\d.]+)"\]', read("pyproject.toml"))
     assert least is not None and f"torch={least[1]}.0 " in read(".ci/environments")
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+def test_what_will_be_taken_away_is_an_error_where_our_line_asks_for_it(category: type[Warning]) -> None:
+    with pytest.raises(category):
+        warnings.warn_explicit("soon gone", category, "gram.py", 1, module="teleport_fast.ops.gram")
+    with pytest.warns(category):
+        warnings.warn_explicit("soon gone", category, "gram.py", 1, module="torch.ops.gram")

@@ -80,6 +80,7 @@ def test_ascent_never_falls_and_stays_in_the_ball(group: DenseGroup, radius: flo
             assert bool((reached > least).all())
             least = reached  # shorter geodesics follow the gradient more closely
         assert float(used) == pytest.approx(radius)
+        assert used.dtype == torch.float64
         assert bool((distance(element.g, group) <= radius * (1 + 1e-9)).all())
         assert element.g_inverse_t is not None
         torch.testing.assert_close(element.g_inverse_t, torch.linalg.inv(element.g).mT)
@@ -208,6 +209,17 @@ def test_empty_sides_stay_under_an_infinite_ball_and_go_to_the_end_of_a_finite_o
     assert diagonal_extremum(a, 2.0, b, 2.0, math.inf, descend=True).tolist() == [[0, 0, 0]]
     assert diagonal_extremum(a, 2.0, b, 2.0, 0.5, descend=True).tolist() == [[0.5, -0.5, 0]]
     assert diagonal_extremum(a, 2.0, b, 2.0, 0.5, descend=False).tolist() == [[-0.5, 0.5, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("p", "q"), [(2.0, 2.0), (2.0, 6.0)])
+def test_an_unbounded_descent_keeps_the_squares_of_its_factors_normal(dtype: torch.dtype, p: float, q: float) -> None:
+    tiny = torch.finfo(dtype).tiny
+    a, b = torch.tensor([[1 / tiny / 8, tiny]], dtype=dtype), torch.tensor([[tiny, 1 / tiny / 8]], dtype=dtype)
+    t = diagonal_extremum(a, p, b, q, math.inf, descend=True)
+    squares = (2 * max(p, q) * t).exp()
+    assert bool((t.abs() > 5).all())
+    assert bool(squares.isfinite().all()) and bool((squares >= tiny).all())
 
 
 @pytest.mark.parametrize("radius", [1e-30, 0.3, 300.0])

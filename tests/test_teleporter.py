@@ -222,9 +222,10 @@ def test_a_joint_without_gradients_stays_while_the_others_move() -> None:
     assert teleporter.history[0].joints == 1
 
 
-def test_a_sparse_gradient_of_a_joint_is_refused() -> None:
+@pytest.mark.parametrize("schedule", [tf.Once(), tf.At(5)], ids=["due", "not due yet"])
+def test_a_sparse_gradient_of_a_joint_is_refused_at_the_first_step(schedule: tf.Schedule) -> None:
     run = Run(torch.optim.SGD)
-    run.attach("grad_norm", tf.Once())
+    run.attach("grad_norm", schedule)
     run.model[0].weight.grad = torch.zeros(4, 4, dtype=torch.float64).to_sparse()
     with pytest.raises(ValueError, match=r"gradient of '0\.weight' is torch\.sparse_coo.*build its module with sparse"):
         run.optimizer.step()
@@ -270,3 +271,51 @@ def test_balance_once_and_eigenbasis_every_three_steps_share_an_optimizer() -> N
     run.train(3, first=7)
     assert [record.step for record in turns.history] == [3, 6, 9]
     assert len(balance.history) == 1
+
+
+def test_a_schedule_is_told_the_step_the_optimizer_and_the_last_record() -> None:
+    run, told = Run(), list[Any]()
+
+    def third(info: tf.StepInfo) -> bool:
+        told.append((info.step, info.optimizer is run.optimizer, info.gradient_norm() > 0, info.last_teleport()))
+        return info.step == 2
+
+    teleporter = run.attach("grad_norm", tf.When(third))
+    run.train(5)
+    assert told == [(step, True, True, teleporter.history[0] if step > 2 else None) for step in range(5)]
+
+
+def test_the_record_is_of_the_longest_way_of_all_joints() -> None:
+    """Joints that share a weight are searched one after the other: the first went further than the last."""
+
+    class Lengths(objectives.Fixed):
+        reads_tensors = True
+
+        def decide(self, index: int, bucket: Any, *rest: Any) -> Any:
+            element, _ = super().decide(index, bucket, *rest) or (None, None)
+            return element, torch.tensor(0.3 if bucket.joints[0].name == "0-1" else 0.1)
+
+    run = Run()
+    run.symmetries = tf.Symmetries((joint(0), joint(1)), model=run.model)
+    stretch = {"0-1": torch.diag(torch.tensor([3.0, 1, 1, 1]))[None], "1-2": torch.diag(torch.tensor([1.0, 1, 1, 2]))[None]}
+    teleporter = run.attach(Lengths(stretch), tf.Once())
+    teleporter.with_condition = True
+    run.train(1)
+    (record,) = teleporter.history
+    assert record.radius_used == pytest.approx(0.3)
+    assert record.condition == pytest.approx(3)
+    assert record.joints == 2
+
+
+def test_the_seed_alone_decides_what_is_drawn() -> None:
+    ends = []
+    for seed, of_torch in ((3, 1), (3, 2), (4, 1)):
+        run = Run()
+        run.attach("random", tf.Every(1), seed=seed)
+        torch.manual_seed(of_torch)
+        state = torch.get_rng_state()
+        run.train(3)
+        assert torch.equal(torch.get_rng_state(), state)
+        ends.append(run.situation())
+    assert same_bits(ends[0], ends[1])
+    assert not same_bits(ends[0], ends[2])

@@ -29,13 +29,12 @@ Tensor act(const char* op, const Tensor& Z, const Tensor& matrix, const Tensor& 
   const int64_t panels = (columns + kActivationColumns - 1) / kActivationColumns;
   const int64_t matrix_step = matrix.size(0) == 1 ? 0 : h * h * element;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / (h * h * std::min(columns, kActivationColumns)));
-  torch::stable::parallel_for(0, batch * panels, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = allocate(activation_scratch(h, element));
+  parallel_for(batch * panels, grain, activation_scratch(h, element), [&](int64_t begin, int64_t end, void* scratch) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / panels, first = i % panels * kActivationColumns;
       kernel(
           {&view, head, first, std::min(kActivationColumns, columns - first), h,
-           static_cast<const char*>(matrix.data_ptr()) + head * matrix_step, slope.data_ptr(), out.data_ptr(), columns, tangent, scratch.get()},
+           static_cast<const char*>(matrix.data_ptr()) + head * matrix_step, slope.data_ptr(), out.data_ptr(), columns, tangent, scratch},
           is_double);
     }
   });

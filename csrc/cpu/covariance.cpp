@@ -77,12 +77,12 @@ void covariance_(Tensor covariance, std::vector<Tensor> tensors, double decay, i
 
   // Threads share (panel, group of heads) evenly; a part belongs to the one that has its first panel.
   const auto gram = select_gram_item();
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_at_most();
   const int64_t group = std::max<int64_t>(1, std::min(kItemBytes / gram_bytes, heads * parts / (4 * threads)));
   const int64_t groups = (heads + group - 1) / group, units = int64_t(plan.panels.size()) * groups;
   const int64_t unit_work = kGramDepth * h * h / 2 * std::min(group, heads);
-  torch::stable::parallel_for(0, units, std::max<int64_t>(1, kWorthAThread / unit_work), [&](int64_t begin, int64_t end) {
-    const Scratch packed = allocate(gram_scratch_bytes(h, element));
+  const int64_t grain = std::max<int64_t>(1, kWorthAThread / unit_work);
+  parallel_for(units, grain, gram_scratch_bytes(h, element), [&](int64_t begin, int64_t end, void* packed) {
     size_t t = std::upper_bound(plan.first_panel.begin(), plan.first_panel.end(), begin / groups) - plan.first_panel.begin() - 1;
     for (int64_t panel = begin / groups; panel * groups < end; ++panel) {
       while (panel >= plan.first_panel[t + 1]) ++t;
@@ -93,7 +93,7 @@ void covariance_(Tensor covariance, std::vector<Tensor> tensors, double decay, i
         const int64_t head = g * group;
         gram(
             {plan.segments.data(), plan.panels.data() + panel, count, head, std::min(group, heads - head), h, gram_at(part, head),
-             gram_bytes, packed.get()},
+             gram_bytes, packed},
             is_double);
       }
     }
@@ -103,6 +103,7 @@ void covariance_(Tensor covariance, std::vector<Tensor> tensors, double decay, i
   const int64_t run = int64_t(tensors.size()) / joints, diagonal = h * gram_row_bytes(h, element);
   std::vector<WeightedGram> weighted;
   std::vector<int64_t> first_weighted{0};
+  int64_t most = 0;
   for (int64_t joint = 0; joint < joints; ++joint) {
     for (int64_t t = joint * run; t < (joint + 1) * run; ++t) {
       const int64_t first = plan.first_part[t], count = plan.first_part[t + 1] - first;
@@ -112,6 +113,7 @@ void covariance_(Tensor covariance, std::vector<Tensor> tensors, double decay, i
       if (weight == 0) continue;
       for (int64_t part = first; part < first + count; ++part) weighted.push_back({gram_at(part, 0), weight});
     }
+    most = std::max(most, int64_t(weighted.size()) - first_weighted.back());
     first_weighted.push_back(int64_t(weighted.size()));
   }
 
@@ -120,17 +122,19 @@ void covariance_(Tensor covariance, std::vector<Tensor> tensors, double decay, i
   // Rows grow with their number, so threads take turns in short blocks.
   constexpr int64_t kRows = 16;
   const int64_t blocks = (h + kRows - 1) / kRows, items = joints * heads * blocks;
-  torch::stable::parallel_for(0, items, std::max<int64_t>(1, kWorthAThread / (kRows * row_work)), [&](int64_t begin, int64_t end) {
-    std::vector<WeightedGram> own;
+  const int64_t rows_grain = std::max<int64_t>(1, kWorthAThread / (kRows * row_work)), bytes = most * int64_t(sizeof(WeightedGram));
+  parallel_for(items, rows_grain, bytes, [&](int64_t begin, int64_t end, void* scratch) {
+    auto* own = static_cast<WeightedGram*>(scratch);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t matrix = item / blocks, joint = matrix / heads, head = matrix % heads;
-      own.assign(weighted.begin() + first_weighted[joint], weighted.begin() + first_weighted[joint + 1]);
-      for (WeightedGram& one : own) one.gram += head * gram_bytes;
+      const int64_t count = first_weighted[joint + 1] - first_weighted[joint];
+      std::copy_n(weighted.begin() + first_weighted[joint], count, own);
+      for (int64_t s = 0; s < count; ++s) own[s].gram += head * gram_bytes;
       // Short and long rows in turn: block 0, the last, block 1, the last but one.
       const int64_t turn = item % blocks, block = turn % 2 ? blocks - 1 - turn / 2 : turn / 2;
       const int64_t first = block * kRows;
       kernel(
-          {own.data(), int64_t(own.size()), first, std::min(first + kRows, h), h, decay,
+          {own, count, first, std::min(first + kRows, h), h, decay,
            static_cast<char*>(covariance.data_ptr()) + matrix * h * h * element},
           is_double);
     }

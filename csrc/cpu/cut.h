@@ -101,9 +101,10 @@ struct Walk {
   }
 };
 
-// Calls f(walk's number, block's number in it) for all blocks of walks [from, to), equal shares of entries to a thread.
+// Calls f(walk's number, block's number in it) for all blocks, equal shares of entries to a thread, one run of walks after the other;
+// `ends` are the runs' ends.
 template <int Operands, class F>
-void for_each_block(const std::vector<Walk<Operands>>& walks, size_t from, size_t to, const F& f) {
+void for_each_block(const std::vector<Walk<Operands>>& walks, const std::vector<size_t>& ends, const F& f) {
   struct Item {
     int64_t first_entry;
     size_t walk;
@@ -111,16 +112,25 @@ void for_each_block(const std::vector<Walk<Operands>>& walks, size_t from, size_
   };
   std::vector<Item> items;
   int64_t entries = 0;
-  for (size_t w = from; w < to; ++w) {
+  for (size_t w = 0; w < walks.size(); ++w) {
     const int64_t count = walks[w].block_count(), all = walks[w].entries();
     for (int64_t b = 0; b < count; ++b) items.push_back({entries + all * b / count, w, b});
     entries += all;
   }
-  torch::stable::parallel_for(0, entries, kEntriesWorthAThread, [&](int64_t begin, int64_t end) {
+  auto item_at = [&](int64_t entry) {
     auto before = [](const Item& item, int64_t entry) { return item.first_entry < entry; };
-    for (auto item = std::lower_bound(items.begin(), items.end(), begin, before); item != items.end() && item->first_entry < end; ++item)
-      f(item->walk, item->block);
-  });
+    return std::lower_bound(items.begin(), items.end(), entry, before);
+  };
+  size_t from = 0;
+  int64_t first = 0;
+  for (const size_t to : ends) {
+    int64_t count = 0;
+    for (; from < to; ++from) count += walks[from].entries();
+    parallel_for(count, kEntriesWorthAThread, [&](int64_t begin, int64_t end) {
+      for (auto item = item_at(first + begin); item != items.end() && item->first_entry < first + end; ++item) f(item->walk, item->block);
+    });
+    first += count;
+  }
 }
 
 // Ends of runs of walks that share no memory: two views of one memory must move one after the other. Views that only interlace

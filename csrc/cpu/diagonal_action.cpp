@@ -38,15 +38,11 @@ void diagonal_action_(
   }
   const auto kernel = select_diagonal_item();
   const char* all = static_cast<const char*>(factors.data_ptr());
-  size_t from = 0;
-  for (const size_t to : disjoint_runs(walks, {0})) {
-    for_each_block(walks, from, to, [&](size_t w, int64_t b) {
-      const size_t i = index[w];
-      const int64_t first_row = (which[i] * joints + int64_t(i) / run) * heads * h;
-      kernel({walks[w].block(b), walks[w].storage, all + first_row * (is_double ? 8 : 4), shifts[i]});
-    });
-    from = to;
-  }
+  for_each_block(walks, disjoint_runs(walks, {0}), [&](size_t w, int64_t b) {
+    const size_t i = index[w];
+    const int64_t first_row = (which[i] * joints + int64_t(i) / run) * heads * h;
+    kernel({walks[w].block(b), walks[w].storage, all + first_row * (is_double ? 8 : 4), shifts[i]});
+  });
 }
 
 }  // namespace teleport_fast

@@ -27,14 +27,13 @@ Tensor grad_norm_objective(std::vector<Tensor> plus, std::vector<Tensor> minus, 
   const auto kernel = select_objective_item();
   const int64_t element = is_double ? 8 : 4, bytes = h * h * element;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / (4 * h * h * h + 1));
-  torch::stable::parallel_for(0, g.size(0) * matrices, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = allocate(objective_scratch(h, element));
+  parallel_for(g.size(0) * matrices, grain, objective_scratch(h, element), [&](int64_t begin, int64_t end, void* scratch) {
     auto at = [&](const Tensor& tensor, int64_t index, int64_t step) { return static_cast<char*>(tensor.data_ptr()) + index * step; };
     for (int64_t i = begin; i < end; ++i) {
       const int64_t matrix = i % matrices;
       kernel(
           {at(g, i, bytes), plus.empty() ? nullptr : at(gram_plus, matrix, bytes), minus.empty() ? nullptr : at(gram_minus, matrix, bytes),
-           at(J, i, element), h, scratch.get()},
+           at(J, i, element), h, scratch},
           is_double);
     }
   });

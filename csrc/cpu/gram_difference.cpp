@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> gram_difference(std::vector<Tensor> plus, std::vector
   // One partial sum per (joint, head, part); a head's parts lie side by side, so that finish() walks them in order.
   std::vector<int64_t> parts(joints), first_partial(joints + 1, 0), first_item(joints + 1, 0);
   const int64_t part_bytes = (h + 1) * gram_row_bytes(h, element), most_parts = (kParts + joints * heads - 1) / (joints * heads);
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = threads_at_most();
   const int64_t group = std::max<int64_t>(1, std::min(kItemBytes / part_bytes, joints * heads / (4 * threads)));
   const int64_t groups = (heads + group - 1) / group;
   for (int64_t joint = 0; joint < joints; ++joint) {
@@ -130,8 +130,7 @@ std::tuple<Tensor, Tensor> gram_difference(std::vector<Tensor> plus, std::vector
   const auto kernel = select_gram_item();
   const int64_t items = first_item[joints], work = int64_t(plan.panels.size()) * kGramDepth * heads * h * h / 2;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread * items / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    const Scratch packed = allocate(gram_scratch_bytes(h, element));
+  parallel_for(items, grain, gram_scratch_bytes(h, element), [&](int64_t begin, int64_t end, void* packed) {
     int64_t joint = std::upper_bound(first_item.begin(), first_item.end(), begin) - first_item.begin() - 1;
     for (int64_t item = begin; item < end; ++item) {
       while (item >= first_item[joint + 1]) ++joint;
@@ -141,14 +140,14 @@ std::tuple<Tensor, Tensor> gram_difference(std::vector<Tensor> plus, std::vector
       const int64_t count = std::min(group, heads - head);
       kernel(
           {plan.segments.data(), plan.panels.data() + from, to - from, head, count, h, partial_at(joint, head, part),
-           parts[joint] * part_bytes, packed.get()},
+           parts[joint] * part_bytes, packed},
           is_double);
       for (int64_t i = 0; i < count && parts[joint] == 1; ++i) finish_head(joint, head + i);
     }
   });
   if (first_partial[joints] == joints * heads) return {D, J};
   const int64_t heads_grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, 4 * h * h));
-  torch::stable::parallel_for(0, joints * heads, heads_grain, [&](int64_t begin, int64_t end) {
+  parallel_for(joints * heads, heads_grain, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index)
       if (parts[index / heads] > 1) finish_head(index / heads, index % heads);
   });

@@ -43,27 +43,35 @@ bool any_overlap(const std::vector<Target>& targets) {
   return false;
 }
 
-void move(std::vector<Target>& targets, size_t from, size_t to, int64_t heads, int64_t h, bool is_double) {
-  int64_t items = 0, columns = 0;
-  for (size_t t = from; t < to; ++t) {
-    targets[t].first_item = items;
-    items += targets[t].runs * heads;
-    columns += targets[t].view.columns() * heads;
+// Targets [from, to), which share no memory, and the items that they are cut into.
+struct Run {
+  size_t from, to;
+  int64_t items = 0, grain = 1;
+
+  Run(std::vector<Target>& targets, size_t from, size_t to, int64_t heads, int64_t h) : from(from), to(to) {
+    int64_t columns = 0;
+    for (size_t t = from; t < to; ++t) {
+      targets[t].first_item = items;
+      items += targets[t].runs * heads;
+      columns += targets[t].view.columns() * heads;
+    }
+    grain = std::max<int64_t>(1, kWorthAThread * items / std::max<int64_t>(1, columns * h * h));
   }
+};
+
+void move(const std::vector<Target>& targets, const Run& run, int64_t heads, int64_t h, bool is_double, const ThreadScratch& scratch) {
   const auto kernel = select_action_item();
   const int64_t matrix_bytes = h * h * (is_double ? 8 : 4);
-  const int64_t grain = std::max<int64_t>(1, kWorthAThread * items / std::max<int64_t>(1, columns * h * h));
-  torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = allocate(action_scratch(h) * (is_double ? 8 : 4));
+  parallel_for(run.items, run.grain, scratch, [&](int64_t begin, int64_t end, void* own) {
     auto after = [](int64_t item, const Target& t) { return item < t.first_item; };
-    size_t t = std::upper_bound(targets.begin() + from, targets.begin() + to, begin, after) - targets.begin() - 1;
+    size_t t = std::upper_bound(targets.begin() + run.from, targets.begin() + run.to, begin, after) - targets.begin() - 1;
     for (int64_t item = begin; item < end; ++item) {
       while (item >= targets[t].first_item + targets[t].runs * heads) ++t;
       const Target& target = targets[t];
       // Heads vary fastest: where rows are contiguous, the next head lies nearer than the next columns.
       const int64_t head = (item - target.first_item) % heads, first = (item - target.first_item) / heads * kItemColumns;
       const int64_t count = std::min(kItemColumns, target.view.columns() - first);
-      kernel({&target.view, target.g + head * matrix_bytes, head, first, count, h, scratch.get()}, is_double);
+      kernel({&target.view, target.g + head * matrix_bytes, head, first, count, h, own}, is_double);
     }
   });
 }
@@ -93,16 +101,21 @@ void group_action_(std::vector<Tensor> plus, std::vector<Tensor> minus, Tensor g
   };
   add(plus, g, "plus");
   add(minus, g_inverse_t, "minus");
-  if (!any_overlap(targets)) return move(targets, 0, targets.size(), heads, h, is_double);
   // Two views of one memory move one after the other, in the order of the lists; views that only interlace lose some speed so.
+  std::vector<Run> runs;
+  const bool overlap = any_overlap(targets);
   size_t from = 0;
-  for (size_t to = 1; to <= targets.size(); ++to) {
+  for (size_t to = overlap ? 1 : targets.size(); to <= targets.size(); ++to) {
     bool meets = to == targets.size();
     for (size_t t = from; t < to && !meets; ++t) meets = targets[t].begin < targets[to].end && targets[to].begin < targets[t].end;
     if (!meets) continue;
-    move(targets, from, to, heads, h, is_double);
+    runs.emplace_back(targets, from, to, heads, h);
     from = to;
   }
+  int64_t chunks = 1;
+  for (const Run& run : runs) chunks = std::max(chunks, chunks_of(run.items, run.grain));
+  const ThreadScratch scratch(action_scratch(h) * (is_double ? 8 : 4), chunks);
+  for (const Run& run : runs) move(targets, run, heads, h, is_double, scratch);
 }
 
 }  // namespace teleport_fast

@@ -1,15 +1,13 @@
-// What the host sides of the CPU kernels share: checked tensors as views, scratch memory, and the work a thread is worth waking for.
+// What the host sides of the CPU kernels share: checked tensors as views, and the work a thread is worth waking for.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "parallel.h"
 #include "storage.h"
 
 namespace teleport_fast {
@@ -19,17 +17,6 @@ using torch::headeronly::ScalarType;
 
 // Multiply-adds that take as long as waking a thread, about 10 us.
 constexpr int64_t kWorthAThread = 200'000;
-
-struct FreeMemory {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Scratch = std::unique_ptr<void, FreeMemory>;
-
-inline Scratch allocate(int64_t bytes) {
-  void* memory = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64 + 64));
-  if (!memory) throw std::bad_alloc();
-  return Scratch(memory);
-}
 
 // (heads, h, n) or (heads, h, outer, inner) on the CPU, float64 where `is_double` and otherwise float32, bfloat16 or float16.
 inline View view_of(const Tensor& tensor, int64_t heads, int64_t h, bool is_double, const char* name, size_t index) {

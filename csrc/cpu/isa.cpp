@@ -1,6 +1,7 @@
 // Finds the CPU's instruction set once, and lets the environment or a test choose a lesser one.
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #if defined(TELEPORT_FAST_X86)
@@ -45,8 +46,8 @@ Isa find() {
   return best;
 }
 
-Isa& current() {
-  static Isa isa = find();
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> isa{find()};
   return isa;
 }
 
@@ -65,11 +66,11 @@ const char* isa_environment_problem() {
   return wanted && *wanted ? isa_problem(wanted) : nullptr;
 }
 
-Isa current_isa() { return current(); }
+Isa current_isa() { return current().load(std::memory_order_relaxed); }
 
 void use_isa(const char* name) {
   for (int i = 0; i < 3; ++i)
-    if (!std::strcmp(name, kNames[i])) current() = Isa(i);
+    if (!std::strcmp(name, kNames[i])) current().store(Isa(i), std::memory_order_relaxed);
 }
 
 }  // namespace teleport_fast

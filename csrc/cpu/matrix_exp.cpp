@@ -17,10 +17,9 @@ void run(const Tensor& matrices, Tensor& plus, Tensor* minus) {
   const auto kernel = select_exp_item();
   // About eight products a matrix.
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / (8 * h * h * h));
-  torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch = allocate(exp_scratch(h, is_double ? 8 : 4));
+  parallel_for(batch, grain, exp_scratch(h, is_double ? 8 : 4), [&](int64_t begin, int64_t end, void* scratch) {
     auto at = [&](const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr()) + begin * bytes; };
-    kernel({at(matrices), at(plus), minus ? at(*minus) : nullptr, end - begin, h, scratch.get()}, is_double);
+    kernel({at(matrices), at(plus), minus ? at(*minus) : nullptr, end - begin, h, scratch}, is_double);
   });
 }
 

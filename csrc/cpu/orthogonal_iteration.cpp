@@ -22,24 +22,19 @@ T shift_of(const T* covariance, int64_t h) {
   return 100 * eps * (sum / T(h)) + std::numeric_limits<T>::min() / eps;
 }
 
-// One matrix: its scratch, and the steps in order.
+// One matrix: the pieces of its scratch, whose size without memory is what must be allocated, and the steps in order.
 template <class T>
 struct Iteration {
-  int64_t h, ld;
-  Scratch memory;
+  int64_t h, ld, bytes = 0;
   T *X, *V, *factors, *products[2], *signs;
 
-  explicit Iteration(int64_t h) : h(h), ld((h + kRowPadding + 15) / 16 * 16) {
+  Iteration(int64_t h, void* memory) : h(h), ld((h + kRowPadding + 15) / 16 * 16) {
     const int64_t panels = (h + kPanelRows - 1) / kPanelRows;
     const int64_t sizes[] = {(h + 1) * ld, (h + 1) * ld, panels * kPanelRows * kPanelRows, h * kPanelRows, h * kPanelRows, h};
     T** places[] = {&X, &V, &factors, &products[0], &products[1], &signs};
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += (size + 15) / 16 * 16;
-    memory = allocate(total * int64_t(sizeof(T)));
-    T* at = static_cast<T*>(memory.get());
     for (int i = 0; i < 6; ++i) {
-      *places[i] = at;
-      at += (sizes[i] + 15) / 16 * 16;
+      *places[i] = memory ? static_cast<T*>(memory) + bytes / int64_t(sizeof(T)) : nullptr;
+      bytes += (sizes[i] + 15) / 16 * 16 * int64_t(sizeof(T));
     }
   }
 
@@ -136,10 +131,11 @@ void orthogonal_iteration_(std::vector<Tensor> bases, std::vector<Tensor> covari
   STD_TORCH_CHECK(int64_t(items.size()) == turns.size(0), "orthogonal_iteration_: turns must be one per basis and head");
   if (h == 0 || items.empty()) return;
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / (7 * h * h * h));
-  torch::stable::parallel_for(0, int64_t(items.size()), grain, [&](int64_t begin, int64_t end) {
+  const int64_t scratch_bytes = is_double ? Iteration<double>(h, nullptr).bytes : Iteration<float>(h, nullptr).bytes;
+  parallel_for(int64_t(items.size()), grain, scratch_bytes, [&](int64_t begin, int64_t end, void* memory) {
     auto run = [&](auto zero) {
       using T = decltype(zero);
-      Iteration<T> iteration(h);
+      Iteration<T> iteration(h, memory);
       for (int64_t i = begin; i < end; ++i)
         iteration.run(
             reinterpret_cast<const T*>(items[i].covariance), reinterpret_cast<T*>(items[i].basis), reinterpret_cast<T*>(items[i].turn));

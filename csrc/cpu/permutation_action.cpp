@@ -107,10 +107,12 @@ void permutation_action_(std::vector<Tensor> tensors, Tensor index, int64_t join
     size_t target;
     int64_t head, first, count;
   };
+  std::vector<Item> items;
+  std::vector<int64_t> run_ends;  // in entries, of runs of targets that share no memory
+  int64_t entries = 0, longest = 0;
   size_t from = 0;
   for (const size_t to : disjoint_runs(walks, {0})) {
-    std::vector<Item> items;
-    int64_t entries = 0;
+    const int64_t start = entries;
     for (size_t t = from; t < to; ++t) {
       const int64_t columns = targets[t].view.columns(), most = std::max<int64_t>(16, std::min<int64_t>(kRun, (64 << 10) / h));
       // Short rows of many columns must stay runs of whole cache lines; a run that no cache holds costs nothing, since it is read once.
@@ -122,15 +124,21 @@ void permutation_action_(std::vector<Tensor> tensors, Tensor index, int64_t join
           entries += count * h;
         }
     }
-    torch::stable::parallel_for(0, entries, kEntriesWorthAThread, [&](int64_t begin, int64_t end) {
-      const Scratch aside = allocate(8 * std::max(kRun, h));
+    run_ends.push_back(entries);
+    longest = std::max(longest, entries - start);
+    from = to;
+  }
+  const ThreadScratch scratch(8 * std::max(kRun, h), chunks_of(longest, kEntriesWorthAThread));
+  int64_t start = 0;
+  for (const int64_t run_end : run_ends) {
+    parallel_for(run_end - start, kEntriesWorthAThread, scratch, [&](int64_t begin, int64_t end, void* aside) {
       auto before = [](const Item& item, int64_t entry) { return item.first_entry < entry; };
-      auto item = std::lower_bound(items.begin(), items.end(), begin, before);
-      for (; item != items.end() && item->first_entry < end; ++item) {
+      auto item = std::lower_bound(items.begin(), items.end(), start + begin, before);
+      for (; item != items.end() && item->first_entry < start + end; ++item) {
         const Target& target = targets[item->target];
         const int64_t row = int64_t(target.joint) * heads + item->head;
         auto call = [&](auto bits) {
-          permute<decltype(bits)>(target.view, item->head, item->first, item->count, rows + row * h, moves[row], h, aside.get());
+          permute<decltype(bits)>(target.view, item->head, item->first, item->count, rows + row * h, moves[row], h, aside);
         };
         const int64_t size = element_size(target.view.storage);
         if (size == 8) call(uint64_t{});
@@ -138,7 +146,7 @@ void permutation_action_(std::vector<Tensor> tensors, Tensor index, int64_t join
         else call(uint16_t{});
       }
     });
-    from = to;
+    start = run_end;
   }
 }
 

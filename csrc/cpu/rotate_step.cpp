@@ -26,28 +26,28 @@ struct Panels {
   }
 };
 
-// The pieces of one thread's scratch in one allocation.
+// The pieces of one thread's scratch, where they stand in its memory.
 struct Pieces {
-  RotateScratch scratch{};
-  Scratch memory;
+  int64_t starts[10], bytes = 0;
 
   Pieces(const Panels& panels, int64_t rows, int64_t columns, bool row_basis, bool column_basis, int64_t element) {
     const int64_t panel = panels.rows * rotate_padded(panels.columns), strips = column_basis ? columns * rotate_padded(columns) : 0;
     const int64_t sizes[] = {
         panel, panel, row_basis ? rows * rows : 0, strips, strips, kRotateChunk * kRotateStrip, kRotateChunk * kRotateStrip,
         kRotateChunk * kRotateStrip, std::max(panels.rows, rotate_padded(panels.columns)), panels.rows * kRotateLanes};
+    for (int i = 0; i < 10; ++i) {
+      starts[i] = bytes;
+      bytes += (sizes[i] * element + 63) / 64 * 64;
+    }
+  }
+
+  RotateScratch in(void* memory) const {
+    RotateScratch scratch{};
     void** places[] = {
         &scratch.panels[0], &scratch.panels[1], &scratch.row_basis_t, &scratch.column_strips[0], &scratch.column_strips[1],
         &scratch.chunks[0], &scratch.chunks[1], &scratch.chunks[2], &scratch.norms, &scratch.sums};
-    auto bytes = [&](int64_t size) { return (size * element + 63) / 64 * 64; };
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += bytes(size);
-    memory = allocate(total);
-    char* at = static_cast<char*>(memory.get());
-    for (int i = 0; i < 10; ++i) {
-      *places[i] = at;
-      at += bytes(sizes[i]);
-    }
+    for (int i = 0; i < 10; ++i) *places[i] = static_cast<char*>(memory) + starts[i];
+    return scratch;
   }
 };
 
@@ -140,8 +140,9 @@ void rotate_step_(
   const auto kernel = select_rotate_item();
   const int64_t each = panels.row_panels * panels.column_panels, items = int64_t(count) * heads * each;
   const int64_t work = panels.rows * panels.columns * (16 + 2 * (turns_rows ? rows : 0) + 2 * (turns_columns ? columns : 0));
-  torch::stable::parallel_for(0, items, std::max<int64_t>(1, kWorthAThread / work), [&](int64_t begin, int64_t end) {
-    Pieces pieces(panels, rows, columns, turns_rows, turns_columns, element);
+  const Pieces pieces(panels, rows, columns, turns_rows, turns_columns, element);
+  parallel_for(items, std::max<int64_t>(1, kWorthAThread / work), pieces.bytes, [&](int64_t begin, int64_t end, void* memory) {
+    RotateScratch scratch = pieces.in(memory);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t i = at / each / heads, head = at / each % heads, panel = at % each;
       auto basis = [&](const std::vector<Tensor>& bases, bool is_left) -> const void* {
@@ -164,7 +165,7 @@ void rotate_step_(
       item.base = map;
       item.norm_of_columns = transposed;
       item.numbers = numbers;
-      item.scratch = &pieces.scratch;
+      item.scratch = &scratch;
       kernel(item, is_double);
     }
   });

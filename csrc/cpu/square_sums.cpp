@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> square_sums(std::vector<Tensor> tensors, int64_t join
   const Scratch memory = allocate(sums * int64_t(sizeof(double)));
   double* all = static_cast<double*>(memory.get());
   const auto kernel = select_sums_item();
-  for_each_block(walks, 0, walks.size(), [&](size_t w, int64_t b) {
+  for_each_block(walks, {walks.size()}, [&](size_t w, int64_t b) {
     double lost[2 * kBlockRows];
     SumsItem item{walks[w].block(b), walks[w].storage, {}, 0};
     renumber(item.block, 0);
@@ -105,10 +105,11 @@ std::tuple<Tensor, Tensor> square_sums(std::vector<Tensor> tensors, int64_t join
 
   const int64_t rows = joints * joint_rows;
   const int64_t grain = std::max<int64_t>(64, kEntriesWorthAThread * rows / std::max<int64_t>(1, sums));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+  const Scratch totals = allocate(4 * rows * int64_t(sizeof(double)));
+  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
     const int64_t count = end - begin;
-    std::vector<double> total(size_t(4 * count), 0.0);
-    double *square = total.data(), *absolute = square + count, *square_lost = absolute + count, *absolute_lost = square_lost + count;
+    double *square = static_cast<double*>(totals.get()) + 4 * begin, *absolute = square + count, *square_lost = absolute + count, *absolute_lost = square_lost + count;
+    std::fill_n(square, 4 * count, 0.0);
     for (int64_t joint = begin / joint_rows; joint * joint_rows < end; ++joint) {
       const int64_t base = joint * joint_rows;
       for (int64_t p = joint_first_part[joint]; p < joint_first_part[joint + 1]; ++p) {

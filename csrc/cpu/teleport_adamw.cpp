@@ -47,15 +47,11 @@ void teleport_adamw_(
       beta1, beta2, eps, 1 - lr * weight_decay, lr / (1 - std::pow(beta1, step)), 1 / std::sqrt(1 - std::pow(beta2, step))};
   const auto kernel = select_adamw_item();
   const char* all = static_cast<const char*>(factors.data_ptr());
-  size_t from = 0;
-  for (const size_t to : disjoint_runs(walks, {0, 2, 3})) {
-    for_each_block(walks, from, to, [&](size_t w, int64_t b) {
-      const size_t i = index[w];
-      auto rows = [&](int64_t kind) { return all + (kind * joints + int64_t(i) / run) * heads * h * (is_double ? 8 : 4); };
-      kernel({walks[w].block(b), walks[w].storage, rows(which[i]), rows(which[count + i]), shifts[i], numbers});
-    });
-    from = to;
-  }
+  for_each_block(walks, disjoint_runs(walks, {0, 2, 3}), [&](size_t w, int64_t b) {
+    const size_t i = index[w];
+    auto rows = [&](int64_t kind) { return all + (kind * joints + int64_t(i) / run) * heads * h * (is_double ? 8 : 4); };
+    kernel({walks[w].block(b), walks[w].storage, rows(which[i]), rows(which[count + i]), shifts[i], numbers});
+  });
 }
 
 }  // namespace teleport_fast

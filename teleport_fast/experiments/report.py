@@ -61,7 +61,7 @@ def table(comparison: Comparison) -> Table:
     shown.add_column("", no_wrap=True)
     found = rows(comparison)
     for row in found:
-        shown.add_column(row.arm, justify="right")
+        shown.add_column(row.arm, justify="right", overflow="fold")
 
     def line(title: str, cells: Callable[[Row], str], of_baseline: bool = True) -> None:
         shown.add_row(title, *(cells(row) if of_baseline or row.arm != base else "" for row in found))

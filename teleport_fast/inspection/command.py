@@ -114,7 +114,7 @@ def canonicalize(
         print(json.dumps({**note, "out": str(target)}, indent=2))
     else:
         shrunk = report.squared_norm_after / report.squared_norm_before
-        print(f"{report.joints} joints balanced in {report.sweeps} sweeps: squared norm of their weights ×{shrunk:.4f}")
+        print(f"{_joints(report.joints)} balanced in {report.sweeps} sweeps: squared norm of their weights ×{shrunk:.4f}")
         for name, reason in report.left_out.items():
             print(f"left out {name}: {reason}")
         if before is not None:
@@ -137,5 +137,9 @@ def show(table: Inspection) -> None:
         if finding["status"] != "found":
             console.print(f"{finding['status']}: {finding['name']} ({finding['kind']}): {finding['reason']}", markup=False)
     console.print(
-        f"{len(table.joints)} joints, {table.dim:,} continuous dimensions, {table.share:.2%} of {table.parameters:,} parameters"
+        f"{_joints(len(table.joints))}, {table.dim:,} continuous dimensions, {table.share:.2%} of {table.parameters:,} parameters"
     )
+
+
+def _joints(count: int) -> str:
+    return f"{count} joint{'s'[: count != 1]}"

@@ -25,7 +25,10 @@ def save(model: nn.Module, path: Path, note: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        usual = part.stat().st_mode
         save_model(model, str(part), metadata={"format": "pt", NOTE: json.dumps(note)})
+        part.chmod(usual)  # safetensors writes for its owner alone, where colleagues may read everything else
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

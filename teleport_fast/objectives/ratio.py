@@ -18,8 +18,8 @@ class Ratio(Objective):
     """Scales every joint once by s = √ratio: A₊ → s A₊, A₋ → A₋/s.
 
     In the frame "return" an optimizer of rate η whose steps ignore the gradient's scale (Adam, sign) then has the rates
-    η/s for writers and η s for readers: AdamW becomes LoRA+ of that ratio, with eps·s and decay η·weight_decay on the one
-    side, eps/s on the other. SGD has η/s² and η s². In the frame "stay" the same steps are taken at rescaled weights.
+    η/s for writers and η s for readers: AdamW becomes LoRA+ of that ratio, with eps·s for writers and eps/s for readers;
+    both decay by η·weight_decay, as without a move. SGD has η/s² and η s². In the frame "stay" the same steps are taken at rescaled weights.
     Errors: ValueError if ratio is not positive and finite. Source: LoRA+ [arXiv 2402.12354] equation 5 for the ratio; that it
     is a teleport is our own derivation, tests/objectives/test_ratio.py.
 

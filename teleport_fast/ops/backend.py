@@ -105,7 +105,8 @@ def _load(library: Path) -> bool | str:
         if library.name == "_ops.so":
             torch.ops.teleport_fast_cpp.isa()
     except (OSError, RuntimeError) as error:
-        return f"{library.name} does not load: {str(error).splitlines()[0]}"
+        # torch names the file alone; the loader's own words (a symbol that is missing, a wrong architecture) are the cause
+        return f"{library.name} does not load: {str(error.__cause__ or error).splitlines()[0]}; {_REBUILD}"
     return True
 
 

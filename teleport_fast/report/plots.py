@@ -165,10 +165,17 @@ def _rank(index: int, count: int) -> float:
 def _logarithmic(axis: Any, set_scale: Any) -> None:
     from matplotlib.ticker import LogFormatter
 
+    class Figures(LogFormatter):
+        """Two figures where one would name neighbouring ticks alike, as 1.5e-07 and 2e-07."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            shown = super().__call__(x, pos)
+            return self.fix_minus(f"{x:g}" if 1e-3 <= x < 1e4 else f"{x:.2g}") if shown else ""
+
     set_scale("log", nonpositive="mask")
-    axis.set_major_formatter(LogFormatter())
+    axis.set_major_formatter(Figures())
     # within less than two decades the steps between powers of ten are named too
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
+    axis.set_minor_formatter(Figures(minor_thresholds=(2, 0.4)))
 
 
 def _spread(axes: Any, every: Sequence[Sequence[tuple[float, float]]], colour: str, label: str = "", marker: str = "") -> None:

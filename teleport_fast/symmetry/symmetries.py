@@ -57,7 +57,7 @@ class Symmetries:
         return len(self.joints)
 
     def __repr__(self) -> str:
-        return f"Symmetries({len(self)} joints, {self.dim} continuous dimensions)"
+        return f"Symmetries({self._total()})"
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -197,8 +197,10 @@ class Symmetries:
         columns = [[cell.ljust(width) for cell, width in zip(row, widths, strict=False)] for row in rows]
         lines = ["  ".join([*cells, row[6]]).rstrip() for cells, row in zip(columns, rows, strict=True)]
         lines.insert(1, "-" * min(120, max(map(len, lines))))
-        total = f"{len(self.joints)} joints, {self.dim} continuous dimensions"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, self._total()])
+
+    def _total(self) -> str:
+        return f"{len(self)} joint{'s'[: len(self) != 1]}, {self.dim} continuous dimensions"
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

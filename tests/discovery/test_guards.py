@@ -120,6 +120,11 @@ def test_a_dynamically_quantized_layer_keeps_its_joints_from_moving() -> None:
     assert "its weight is quantized" in said(found, "4")
 
 
+def test_a_quantized_layer_within_another_module_is_made_plain_for_the_proof() -> None:
+    found = find_symmetries(nn.Sequential(quantized("4")), X)
+    assert {joint.name for joint in found} == {"0.2.up-down", "0.2.neurons"}
+
+
 class Int8(nn.Module):
     """A linear layer stored in 8 bits with a scale per row."""
 

@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", type=Path, default=CORPUS)
+    parser.add_argument("--failures", default="./", help="what the name of a failing input's file begins with")
     options = parser.parse_args()
     with atheris.instrument_imports(include=["teleport_fast.ops", "teleport_fast.symmetry"]):
         import teleport_fast.ops  # noqa: F401
@@ -36,7 +37,8 @@ def main() -> None:
         if calls[0] % 1000 == 0:
             print(f"{calls[0]} inputs, {calls[1]} of them computed, the others refused", flush=True)
 
-    command = [sys.argv[0], str(options.corpus), f"-max_total_time={options.seconds}", "-max_len=96", "-rss_limit_mb=4096", "-timeout=60"]
+    limits = [f"-max_total_time={options.seconds}", "-max_len=96", "-rss_limit_mb=4096", "-timeout=60"]
+    command = [sys.argv[0], str(options.corpus), f"-artifact_prefix={options.failures}", *limits]
     atheris.Setup(command, once)
     atheris.Fuzz()
 

@@ -142,6 +142,12 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
             load(str(tmp_path))
 
 
+def test_weights_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save(nn.Linear(3, 2), tmp_path / "w.safetensors", {})
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_bad_weights_are_named(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match=r"weights must be a .safetensors file, got 'w.pt'"):

@@ -91,6 +91,14 @@ def test_a_backend_that_was_asked_for_and_cannot_is_an_error_and_under_auto_it_i
             op.choose(tensors, size=2)
 
 
+def test_a_library_that_does_not_load_says_why_in_the_loaders_words(tmp_path: Path):
+    library = tmp_path / "_ops_cuda.so"
+    library.write_bytes(b"no library")
+    reason = module._load(library)
+    assert isinstance(reason, str) and reason.startswith("_ops_cuda.so does not load: ")
+    assert "Could not load this library" not in reason and "file too short" in reason and "pip install" in reason
+
+
 def test_cuda_says_what_it_waits_for(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
     monkeypatch.setattr(module, "availability", lambda name: True)
@@ -126,7 +134,9 @@ def test_a_backend_that_is_missing_cannot_be_used_and_says_why(monkeypatch):
     monkeypatch.setattr(module, "availability", lambda name: f"{name} is away")
     op = Op("gram_difference", plain)
     assert op.can_use("reference", "cpu", FLOAT) is True and op.can_use("cuda", "cuda", FLOAT) == "cuda is away"
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot compute gram_difference: triton is away; use set_backend"):
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' cannot compute gram_difference: triton is away; use set_backend"
+    ):
         op._choose_uncached("triton", "cpu", FLOAT, 2)
 
 
@@ -163,13 +173,21 @@ def test_a_width_that_the_cuda_kernel_does_not_hold_is_torchs(monkeypatch):
 def test_preferences_are_read_by_instruction_set_dtype_layout_and_size(monkeypatch):
     rows = [{"up_to": 8, "backends": ["cpp"]}, {"up_to": None, "backends": []}]
     always = [{"up_to": None, "backends": ["triton"]}]
-    table = {"avx2": {"any": rows, "float64": always, "float32/rows": always}, "avx512": {"any": always}, "cuda": {"any": rows}}
+    table = {
+        "avx2": {"any": rows, "float64": always, "float32/rows": always},
+        "avx512": {"any": always},
+        "cuda": {"any": rows},
+    }
     monkeypatch.setattr(module, "_PREFERENCES", {"ops": {"some_op": table, "on_any_cpu": {"cpu": {"any": rows}}}})
     monkeypatch.setattr(module, "_isa", lambda: "avx2")
     op, double = Op("some_op", plain), frozenset([torch.float64])
     assert op.prefer("cpu", FLOAT, 8) == ["cpp", "reference"] and op.prefer("cpu", FLOAT, 9) == ["reference"]
-    assert op.prefer("cpu", double, 9) == ["triton", "reference"] and op.prefer("cpu", FLOAT | double, 9) == ["reference"]
-    assert op.prefer("cpu", FLOAT, 9, "rows") == ["triton", "reference"] and op.prefer("cpu", FLOAT, 9, "columns") == ["reference"]
+    assert op.prefer("cpu", double, 9) == ["triton", "reference"] and op.prefer("cpu", FLOAT | double, 9) == [
+        "reference"
+    ]
+    assert op.prefer("cpu", FLOAT, 9, "rows") == ["triton", "reference"] and op.prefer("cpu", FLOAT, 9, "columns") == [
+        "reference"
+    ]
     assert op.prefer("cuda", FLOAT, 1) == ["cpp", "reference"] and op.prefer("mps", FLOAT, 1) == ["reference"]
     assert Op("on_any_cpu", plain).prefer("cpu", FLOAT, 8) == ["cpp", "reference"]
     monkeypatch.setattr(module, "_isa", lambda: "avx512")

@@ -19,7 +19,7 @@ def test_the_page_is_the_committed_runs() -> None:
 
 def test_every_case_slower_than_torch_is_named_as_lost() -> None:
     runs = load()
-    lost = render(runs).split("### Where we lose")[1].split("## A step")[0]
+    lost = render(runs).split("### Where we lose")[1].split("### All cases")[0]
     slower = [
         f"`{route}`, {row['op']} {row['dtype']} {row['size']}:"
         for row in runs["ratios"]["rows"] for route in ("auto", "cpp")

@@ -25,7 +25,7 @@ def test_a_rotation_has_one_and_a_stretched_one_has_its_stretch() -> None:
 
 
 def test_diagonals_permutations_and_sides() -> None:
-    diagonal = Element("diagonal", torch.tensor([[1.0, -4.0, 2.0], [1.0, 1.0, 3.0]]))
+    diagonal = Element("diagonal", torch.tensor([[1.0, -4.0, 2.0], [9.0, 9.0, 27.0]]))
     assert float(diagonal.condition()) == 4
     assert float(Element("permutation", torch.tensor([[1, 0]])).condition()) == 1
     assert float(Split(diagonal, Element("diagonal", torch.tensor([[7.0, 1.0]]))).condition()) == 7
@@ -35,3 +35,16 @@ def test_half_precision_is_widened() -> None:
     g = torch.diag(torch.tensor([300.0, 1.0])).bfloat16()[None]
     condition = condition_numbers(g).amax()
     assert condition.dtype == torch.float32 and float(condition) == 300
+
+
+def test_an_element_goes_where_its_tensors_lie() -> None:
+    group, there = GeneralLinear(3), torch.device("meta")
+    element = Element.of(group, group.random(2, 0.5))
+    assert element.to(torch.device("cpu")) is element
+    moved = element.to(there)
+    assert moved.g_inverse_t is not None
+    assert [moved.form, moved.g.device, moved.g_inverse_t.device] == ["dense", there, there]
+    diagonal = Element("diagonal", torch.ones(2, 3)).to(there)
+    assert (diagonal.g.device, diagonal.g_inverse_t) == (there, None)
+    sides = Split(element, element).to(there)
+    assert (sides.plus.g.device, sides.minus.g.device) == (there, there)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teleport_fast.symmetry.diagonal_groups import Diagonal, Permutation, PositiveDiagonal, Signs
+from teleport_fast.symmetry.groups import Group
 
 diagonals = pytest.mark.parametrize("group", [Diagonal(40), PositiveDiagonal(40), Diagonal(1)], ids=str)
 
@@ -70,11 +71,24 @@ def test_a_permutation_of_one_unit_is_the_identity() -> None:
         (Permutation(2), torch.tensor([[0, 1], [1, 1]]), r"int64 permutation of 0\.\.1 per head"),
         (Permutation(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), "int64 permutation"),
         (Permutation(2), torch.tensor([[1, 0]]), r"must have shape \(2, 2\)"),
+        (Signs(2), torch.ones(3), r"must have shape \(2, 2\) for signs\(2\)"),
     ],
 )
 def test_check_names_what_is_wrong(group: Diagonal, g: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         group.check(g, 2, "joint")
+    with pytest.raises(ValueError, match="element of joint 'by name' "):
+        group.check(g, 2, "by name")
+
+
+@pytest.mark.parametrize("group", [Diagonal(9), PositiveDiagonal(9), Signs(9), Permutation(9)], ids=str)
+def test_a_generator_decides_the_draw_alone(group: Group) -> None:
+    draws = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        draws.append(group.random(3, 0.5, torch.Generator().manual_seed(0)))
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0], group.random(3, 0.5, torch.Generator().manual_seed(1)))
 
 
 def test_a_signed_diagonal_takes_negative_entries() -> None:

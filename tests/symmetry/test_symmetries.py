@@ -201,9 +201,19 @@ def test_symmetries_know_live_parameters_and_do_not_keep_the_model(relu2: Trial)
     symmetries, name = relu2.symmetries, "blocks.0.mlp.up.weight"
     assert symmetries.parameter(name) is relu2.model.blocks[0].mlp.up.weight
     assert symmetries.parameter("no such name") is None
+    assert symmetries.select(lambda joint: True).parameter(name) is relu2.model.blocks[0].mlp.up.weight
     del relu2.model
     gc.collect()
     assert symmetries.parameter(name) is None
+
+
+def test_a_parameter_that_was_exchanged_is_found_beside_the_first_one(relu2: Trial) -> None:
+    """As fully_shard exchanges it."""
+    symmetries, up, name = relu2.symmetries, relu2.model.blocks[0].mlp.up, "blocks.0.mlp.up.weight"
+    first, up.weight = up.weight, nn.Parameter(torch.zeros_like(up.weight))
+    for of in (symmetries, symmetries.select(["residual"])):
+        assert [id(found) for found in of.candidates(name)] == [id(first), id(up.weight)]
+    assert list(symmetries.candidates("no such name")) == []
 
 
 @pytest.mark.parametrize("travel", [lambda s: pickle.loads(pickle.dumps(s)), copy.deepcopy], ids=["pickle", "deepcopy"])
@@ -243,6 +253,11 @@ def test_explain_marks_what_nobody_proved() -> None:
     joint = Joint("by hand", "up-down", Diagonal(3), 1, 3, *views)
     text = Symmetries((joint,), (Finding("extra", "Conv2d", "skipped", "no builder knows its role"),)).explain()
     assert "by hand  up-down  diagonal(3)  1      3    unproven   found" in text
+    assert ["extra", "Conv2d", "skipped:", "no", "builder", "knows", "its", "role"] in [line.split() for line in text.splitlines()]
+    measured = Symmetries((joint,), (Finding("by hand", "up-down", "found", "up to eps", 3e-7), Finding("no", "x", "rejected", "wrong", 0.25)))
+    rows = [line.split() for line in measured.explain().splitlines()]
+    assert ["by", "hand", "up-down", "diagonal(3)", "1", "3", "3e-07", "found:", "up", "to", "eps"] in rows
+    assert ["no", "x", "2e-01", "rejected:", "wrong"] in rows
     assert "skipped: no builder knows its role" in text
     assert "0 joints, 0 continuous dimensions" in Symmetries(()).explain()
 
@@ -250,6 +265,8 @@ def test_explain_marks_what_nobody_proved() -> None:
 def test_shown_in_one_line_however_many_parameters_there_are(trial: Trial) -> None:
     assert repr(trial.symmetries) == f"Symmetries({len(trial.symmetries)} joints, {trial.symmetries.dim} continuous dimensions)"
     wide = Joint("wide", "residual", Diagonal(3), 1, 3, tuple(View(f"w{i}", 0, 1, 3) for i in range(6)), (View("down", 1, 1, 3),))
+    few = replace(wide, plus=wide.plus[:5])
+    assert "plus=[w0, w1, w2, w3, 1 more]" in repr(few) and "plus=[w0, w1, w2, w3]" in repr(replace(wide, plus=wide.plus[:4]))
     assert repr(wide) == "Joint('wide', kind='residual', group=diagonal(3), heads=1, plus=[w0, w1, w2, w3, 2 more], minus=[down])"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from teleport_fast import Symmetries, find_symmetries
 from teleport_fast.experiments.gpt import GPT, GPTConfig
-from teleport_fast.symmetry import Diagonal, Joint, View
+from teleport_fast.symmetry import Diagonal, Joint, PositiveDiagonal, Signs, View
 from teleport_fast.symmetry.verify import JointProof, Prover, VerifyReport, relative_deviation, verify
 
 if TYPE_CHECKING:
@@ -178,3 +178,87 @@ def test_a_sign_is_always_among_what_is_proven(width: int) -> None:
     joint = Joint("signed", "up-down", Diagonal(width), 1, width, plus, (View("2.weight", 1, 1, width),))
     prover = Prover(model, torch.randn(7, 3))
     assert not any(prover.prove(joint, 1e-10, seed).ok for seed in range(20))
+
+
+class OneOfTwo(nn.Module):
+    """Two units, of which only the first one has an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.up(x).split(1, -1)
+        return self.down(torch.cat([first.relu(), second], -1))
+
+
+def test_every_head_has_a_sign_among_what_is_proven() -> None:
+    plus = (View("up.weight", 0, 2, 1), View("up.bias", 0, 2, 1))
+    joint = Joint("signed", "up-down", Diagonal(1), 2, 1, plus, (View("down.weight", 1, 2, 1),))
+    prover = Prover(OneOfTwo(), torch.randn(7, 3))
+    assert not any(prover.prove(joint, 1e-10, seed).ok for seed in range(20))
+
+
+class Sign(nn.Module):
+    def __init__(self, seen: bool) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sign() if self.seen else x.sign().abs()
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["a sign is seen", "nothing is seen"])
+def test_a_scale_that_nobody_reads_is_controlled_by_its_negative(seen: bool) -> None:
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), Sign(seen), nn.Linear(4, 2))
+    joint = Joint("scale", "free", PositiveDiagonal(4), 1, 4, (View("0.weight", 0, 1, 4),), ())
+    (proof,) = verify([joint], model, torch.randn(7, 3))
+    assert proof.deviation == 0
+    assert proof.ok is seen and (proof.control > 1e-3) is seen
+
+
+class Gain(nn.Module):
+    """A gain that is stored less 1, and its reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.out = nn.Parameter(torch.zeros(5)), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x * (1 + self.gain))
+
+
+def test_a_sign_of_a_shifted_gain_is_put_back_bit_for_bit() -> None:
+    """1 + w forgets the last bits of w: the inverse alone would not bring them back."""
+    joint = Joint("gain", "norm", Signs(5), 1, 5, (View("gain", 0, 1, 5, shift=1.0),), (View("out.weight", 1, 1, 5),))
+    prover = Prover(Gain(), torch.randn(7, 5))
+    before = {name: tensor.clone() for name, tensor in prover.tensors.items()}
+    assert prover.prove(joint, 1e-10).ok
+    assert all(torch.equal(prover.tensors[name], value) for name, value in before.items())
+
+
+class Named(nn.Module):
+    """Answers by name with its output, with what it keeps inside, and with nothing."""
+
+    def __init__(self, output: str, inside: str) -> None:
+        super().__init__()
+        self.up, self.down, self.names = nn.Linear(3, 4), nn.Linear(4, 2), (output, inside)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        hidden = self.up(x)
+        return {self.names[0]: self.down(hidden), self.names[1]: hidden, "loss": None}
+
+
+@pytest.mark.parametrize(
+    ("output", "inside", "holds"),
+    [
+        ("logits", "hidden_states", True),
+        ("logits_per_image", "embeds", True),
+        ("out", "past_key_values", True),
+        ("out", "hidden_states", False),
+    ],
+)
+def test_logits_are_what_must_stay_or_else_all_but_caches(output: str, inside: str, holds: bool) -> None:
+    plus = (View("up.weight", 0, 1, 4), View("up.bias", 0, 1, 4))
+    joint = Joint("joint", "up-down", Diagonal(4), 1, 4, plus, (View("down.weight", 1, 1, 4),))
+    assert bool(verify([joint], Named(output, inside), torch.randn(7, 3))) is holds

@@ -188,3 +188,29 @@ def test_heads_that_do_not_lie_there_are_refused(axis: int, heads: int) -> None:
 def test_a_view_is_shown_as_it_is_written_and_read_back_the_same(view: View) -> None:
     assert eval(repr(view)) == view
     assert "power" not in repr(view) and "power=2" in repr(replace(view, power=2))
+
+
+def test_what_is_as_usual_is_not_shown() -> None:
+    assert repr(View("w", 0, 2, 3, repeats=2)) == "View(parameter='w', axis=0, heads=2, width=3, repeats=2)"
+    assert repr(View("w", 1, 2, 3, head_axis=0, head_size=4)) == "View(parameter='w', axis=1, heads=2, width=3, head_axis=0, head_size=4)"
+
+
+SMALL = st.builds(
+    lambda axis, heads, width, start, step, unit, repeats: View("w", axis, heads, width, start, step, unit, repeats, 1),
+    st.integers(0, 1), st.integers(1, 3), st.integers(1, 3), st.integers(0, 6), st.integers(0, 4), st.integers(1, 3), st.integers(1, 2),
+)  # fmt: skip
+
+
+@given(SMALL, SMALL)
+def test_two_views_meet_where_they_show_a_common_entry(one: View, other: View) -> None:
+    seen = [set(view.of(numbered(24, 24)).flatten().tolist()) for view in (one, other)]
+    if one.axis == other.axis:
+        assert one.meets(other) == bool(seen[0] & seen[1])
+    else:
+        assert one.meets(other)
+
+
+def test_views_with_heads_on_an_axis_of_their_own_are_taken_to_meet() -> None:
+    plain, apart = View("w", 1, 2, 3), View("w", 1, 2, 3, start=9, head_axis=0)
+    assert plain.meets(apart) and apart.meets(plain)
+    assert not plain.meets(replace(plain, start=9))
