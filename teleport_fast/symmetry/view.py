@@ -49,16 +49,18 @@ class View:
                 f"view of {self.parameter!r}: start must be at least 0 and width_stride at least 1, "
                 f"got {self.start}, {self.width_stride}"
             )
-        if self.repeat_stride < 0:
-            object.__setattr__(self, "repeat_stride", self.width)
-        if self.head_stride < 0:
-            object.__setattr__(self, "head_stride", self.width * self.repeats if self.head_axis is None else self.head_size)
+        for name, stride in self._usual_strides().items():
+            if getattr(self, name) < 0:
+                object.__setattr__(self, name, stride)
+
+    def _usual_strides(self) -> dict[str, int]:
+        """Repeats and heads that follow each other without a gap."""
+        heads = self.width * self.repeats if self.head_axis is None else self.head_size
+        return {"repeat_stride": self.width, "head_stride": heads}
 
     def __repr__(self) -> str:
         """As it is written by hand: what is as usual is left out."""
-        usual = {one.name: one.default for one in fields(self)}
-        usual["repeat_stride"] = self.width
-        usual["head_stride"] = self.width * self.repeats if self.head_axis is None else self.head_size
+        usual = {one.name: one.default for one in fields(self)} | self._usual_strides()
         given = ((one.name, getattr(self, one.name)) for one in fields(self))
         return f"View({', '.join(f'{name}={value!r}' for name, value in given if value != usual[name])})"
 
