@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +38,17 @@ def shared_memory(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.numel():
             reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.storage_offset()
-            ranges[tensor.untyped_storage()._cdata].append((start, start + reach, name))
+            start = int(tensor.storage_offset())
+            ranges[tensor.untyped_storage()._cdata].append((start, start + int(reach), name))
     shared: dict[str, str] = {}
     for held in ranges.values():
-        held.sort()
-        for (_, last, name), (start, _, other) in pairwise(held):
-            if start <= last:
-                shared.setdefault(name, other)
-                shared.setdefault(other, name)
+        furthest, holder = -1, ""  # a long one may hold several that do not meet each other
+        for start, last, name in sorted(held):
+            if start <= furthest:
+                shared.setdefault(name, holder)
+                shared.setdefault(holder, name)
+            if last > furthest:
+                furthest, holder = last, name
     return shared
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from teleport_fast import Symmetries, find_symmetries
-from teleport_fast.discovery.guards import stuck
+from teleport_fast.discovery.guards import shared_memory, stuck
 from teleport_fast.objectives import make_objective
 from teleport_fast.plan import Plan
 from teleport_fast.symmetry import Joint, PositiveDiagonal, View
@@ -66,6 +66,13 @@ def test_neighbours_in_one_buffer_move_on_their_own() -> None:
     before = model(X)
     found.apply_(model, found.random())
     assert (model(X) - before).norm() < 1e-5 * before.norm()
+
+
+def test_a_parameter_that_holds_two_which_do_not_meet_shares_its_memory_with_both() -> None:
+    flat = torch.randn(32)
+    tensors = {"whole": flat, "first": flat[:4], "second": flat[8:12]}
+    assert shared_memory(tensors) == {"whole": "first", "first": "whole", "second": "whole"}
+    assert shared_memory({"first": flat[:4], "second": flat[8:12]}) == {}
 
 
 def test_parameters_in_one_memory_are_seen_on_meta_too() -> None:
